@@ -1,0 +1,37 @@
+# Everything happens in .venv; a stamp file makes each step run once. TORCH_INDEX chooses PyTorch's index:
+#   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu     (small CPU build on Linux)
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+INDEX  := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
+
+.PHONY: setup quickstart test check clean
+
+quickstart: .venv/core  ## train a small Llama from raw text, about five minutes with installation
+	$(BIN)/puna quickstart
+
+test: .venv/dev  ## all tests
+	$(BIN)/python -m pytest
+
+check: .venv/dev  ## lint, format, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/python -m pytest
+
+setup: .venv/dev  ## install everything a developer needs
+
+clean:
+	rm -rf .venv build *.egg-info puna-quickstart
+
+.venv/core: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("puna needs Python 3.11 or newer; this is %d.%d" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet $(INDEX) '$(TORCH)'
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/dev: .venv/core
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

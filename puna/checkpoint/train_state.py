@@ -1,0 +1,141 @@
+"""Checkpoints a run can go on from: a model directory plus the exact train state.
+
+step-N/                 model directory in save_dtype: any checkpoint can be chatted with
+step-N/optimizer/       fp32 parameters and optimizer moments, torch's distributed checkpoint in safetensors
+step-N/state.json       step, tokens, seconds, data position, generator state, threads
+"""
+
+import base64
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from puna.checkpoint.model_directory import read_json
+from puna.errors import CheckpointError
+from puna.files import atomic_folder, require_space, verify, write_json
+from puna.log import log
+from puna.run import Run
+
+
+@dataclass
+class TrainState:
+    """What the loop counts."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class _Positioned(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def save_train_state(
+    run: Run,
+    state: TrainState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: _Positioned,
+    save_model: Callable[[Any], None],
+) -> Path:
+    """Write checkpoints/step-N, whole or not at all.
+
+    Raises:
+        ResourceError: the disk is full; older checkpoints are untouched.
+    """
+    tensors = _tensors(model, optimizer)
+    require_space(run.folder, sum(t.nbytes for t in tensors.values()) * 3 // 2)
+    target = run.checkpoints / f"step-{state.step}"
+    if target.exists():  # saved by the run before this one was interrupted
+        return target
+    with atomic_folder(target) as folder:
+        save_model(folder)
+        _write(folder / "optimizer", tensors)
+        values = {
+            **asdict(state),
+            "data": batches.state_dict(),
+            "generator": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+            "threads": torch.get_num_threads(),
+        }
+        write_json(folder / "state.json", values)
+    log.debug("saved %s", target)
+    return target
+
+
+def load_train_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, batches: _Positioned
+) -> TrainState:
+    """Put everything back exactly: parameters, moments, data position, generator, thread count."""
+    values = read_json(folder / "state.json")
+    # An optimizer has no moments before its first step; a step with zero gradients makes them, then all is overwritten.
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    _read(folder / "optimizer", _tensors(model, optimizer))
+    batches.load_state_dict(values["data"])
+    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(values["generator"])), dtype=torch.uint8))
+    torch.set_num_threads(values["threads"])
+    log.info("resumed from %s", folder)
+    return TrainState(values["step"], values["tokens"], values["seconds"])
+
+
+def newest_checkpoint(run: Run) -> Path | None:
+    """The newest checkpoint whose files match their manifest; damaged ones are named and passed over."""
+    for folder in sorted(run.checkpoints.glob("step-*"), key=lambda p: int(p.name[5:]), reverse=True):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            log.warning("passed over: %s", error)
+            folder.rename(folder.with_name(f"damaged-{folder.name}"))
+        else:
+            return folder
+    return None
+
+
+def prune(run: Run, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; renamed first, so a crash leaves no half of one."""
+    for folder in sorted(run.checkpoints.glob("step-*"), key=lambda p: int(p.name[5:]))[: -max(1, keep)]:
+        doomed = folder.with_name(f".{folder.name}.trash")
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Trainable parameters and their optimizer state under flat names; they share memory with the live ones."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"parameter.{name}"] = parameter.detach()
+            tensors |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+    return tensors
+
+
+def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():  # "torch.distributed is disabled": one process is what we mean
+        warnings.simplefilter("ignore")
+        dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder)), no_dist=True)
+
+
+def _read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except BaseException as error:  # CheckpointException is not an Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise CheckpointError(f"the train state does not fit the model: {error}", where=folder) from None

@@ -1,0 +1,62 @@
+"""The command line. Verbs import what they need when they run: help and listings never load torch."""
+
+import os
+import sys
+
+import typer
+
+from puna.cli import configs, look, models, quickstart
+from puna.errors import PunaError
+from puna.log import setup_logging
+
+app = typer.Typer(
+    name="puna",
+    help="The whole life of a Llama: raw text, tokenizer, shards, pretraining, generation.",
+    epilog="Start with `puna quickstart`, then `puna ls`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+configs.register(app)
+models.register(app)
+look.register(app)
+quickstart.register(app)
+_GLOBAL = {"-v", "--verbose", "-q", "--quiet"}
+
+
+@app.callback()
+def options(
+    verbose: bool = typer.Option(False, "-v", "--verbose", help="More detail, and tracebacks of errors."),
+    quiet: bool = typer.Option(False, "-q", "--quiet", help="Warnings only."),
+) -> None:
+    setup_logging(1 if verbose else -1 if quiet else 0)
+
+
+def main() -> None:
+    """Run the command line; every expected error becomes a few lines and its exit code."""
+    words = sys.argv[1:]
+    front = [w for w in words if w in _GLOBAL]  # -v and -q mean the same before and after the verb
+    verbose = not {"-v", "--verbose"}.isdisjoint(front)
+    try:
+        app([*front, *(w for w in words if w not in _GLOBAL)])
+    except PunaError as error:
+        if verbose:
+            raise
+        _fail(f"puna: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _fail("puna: stopped at once", 130)
+    except BrokenPipeError:  # `puna ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except MemoryError:
+        _fail("puna: out of memory\n  try: a smaller batch_size, seq_len or model", 6)
+    except Exception as error:
+        if verbose:
+            raise
+        name = type(error).__name__
+        _fail(f"puna: unexpected {name}: {error}\n  likely cause: a bug in puna\n  try: the same command with -v, and report it", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,98 @@
+"""Recipes and their configs: run, ls, cat, cp, validate, schema."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from puna.cli.output import Json, print_json, print_rows
+from puna.config import nearest, to_yaml
+from puna.errors import UsageError
+from puna.recipes import CONFIGS, RECIPES, config_file, config_type, load, recipe_of
+from puna.recipes import run as run_recipe
+
+Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the config's.", show_default=False)]
+ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A name of `puna ls configs`, or a YAML file.")]
+
+
+def register(app: typer.Typer) -> None:
+    for verb in (run, ls, cat, cp, validate, schema):
+        app.command(verb.__name__)(verb)
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name of `puna ls recipes`.")],
+    words: Words = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="A shipped config or a YAML file.")] = None,
+) -> None:
+    """Run a recipe: puna run pretrain --config quickstart/pretrain seconds=60"""
+    settings = load(recipe, config, words or [])
+    run_recipe(recipe, settings)
+
+
+def ls(
+    what: Annotated[str, typer.Argument(help="recipes, configs, models or runs; all but runs by default.")] = "all",
+    as_json: bool = Json,
+) -> None:
+    """List recipes, configs, models or runs."""
+    sections = {"recipes": RECIPES, "configs": CONFIGS}
+    if what == "runs":
+        from puna.cli.look import find_runs
+
+        print_rows(find_runs(Path(".")), as_json)
+        return
+    if what not in (*sections, "models", "all"):
+        raise UsageError(f"nothing called `{what}` to list" + nearest(what, [*sections, "models", "runs"]))
+    rows = {kind: [{"name": n, "summary": s} for n, s in table.items()] for kind, table in sections.items()}
+    if what in ("models", "all"):
+        rows["models"] = _models()
+    if what != "all":
+        print_rows(rows[what], as_json)
+    elif as_json:
+        print_json([{"kind": kind, **row} for kind, table in rows.items() for row in table])
+    else:
+        for kind, table in rows.items():
+            print(f"{kind}:")
+            print_rows([{**row, "name": "  " + row["name"]} for row in table], False)
+
+
+def cat(config: ConfigName) -> None:
+    """Print a config as it is written."""
+    print(config_file(config).read_text(encoding="utf-8"), end="")
+
+
+def cp(config: ConfigName, file: Annotated[Path, typer.Argument(help="Where to write it.")]) -> None:
+    """Copy a config to a file of your own."""
+    target = file if file.suffix in (".yaml", ".yml") else file.with_name(file.name + ".yaml")
+    if target.exists():
+        raise UsageError("exists already", where=target, fix="another file name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(config_file(config), target)
+    print(target)
+
+
+def validate(config: ConfigName, words: Words = None) -> None:
+    """Check a config and print every value it resolves to."""
+    settings = load(recipe_of(config_file(config)), config, words or [])
+    print(to_yaml(settings), end="")
+
+
+def schema(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name of `puna ls recipes`.")]) -> None:
+    """Print a recipe's JSON Schema, for editors."""
+    if recipe not in RECIPES:
+        raise UsageError(f"no recipe `{recipe}`" + nearest(recipe, list(RECIPES)), fix="puna ls recipes")
+    print_json(config_type(recipe).model_json_schema())
+
+
+def _models() -> list[dict[str, object]]:
+    from puna.model.count import count_parameters
+    from puna.model.presets import PRESETS
+
+    rows = []
+    for name, shape in PRESETS.items():
+        size = count_parameters(shape)
+        about = f"{size / 1e9:.2f}B" if size >= 1e9 else f"{size / 1e6:.1f}M"
+        about += f" parameters, {shape.n_layers} layers of {shape.dim}, context {shape.max_seq_len:,}"
+        rows.append({"name": name, "summary": about, "parameters": size})
+    return rows

@@ -1,0 +1,77 @@
+"""Verbs that use a model: generate, inspect."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from puna.cli.output import Json, print_fields, print_json
+from puna.errors import UsageError
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory or a run folder.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("generate")(generate)
+    app.command("inspect")(inspect)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")],
+    max_tokens: Annotated[int, typer.Option(help="Most ids to add.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely id.", min=0)] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely ids up to this probability.", min=0, max=1)] = 0.95,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp64.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    special: Annotated[bool, typer.Option("--special", help="Control strings in the prompt become control ids.")] = False,
+    as_json: bool = Json,
+) -> None:
+    """Continue raw text: puna generate runs/pretrain -p "Once upon a time" """
+    if dtype not in ("auto", "fp32", "bf16", "fp64"):
+        raise UsageError(f"`{dtype}` is not a dtype", fix="--dtype auto, fp32, bf16 or fp64")
+    from puna.infer.generate import generate as continue_ids
+    from puna.infer.llama import load
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    llama = load(model, dtype=dtype, device=device)
+    ids = continue_ids(
+        llama.model, [llama.encode(text, special=special)], max_tokens=max_tokens, temperature=temperature,
+        top_p=top_p, seed=seed, stop_ids=llama.tokenizer.stop_ids,
+    )[0]  # fmt: skip
+    stopped = ids[-1] in llama.tokenizer.stop_ids
+    kept = ids[:-1] if stopped else ids
+    continuation = llama.tokenizer.decode(kept)
+    if as_json:
+        print_json({"text": continuation, "token_ids": kept, "finish_reason": "stop" if stopped else "length"})
+    else:
+        print(text + continuation)
+
+
+def inspect(path: Model, as_json: bool = Json) -> None:
+    """What a model is, without loading its weights."""
+    from safetensors import safe_open
+
+    from puna.checkpoint.model_directory import find_model, read_json, weight_files
+    from puna.checkpoint.names import from_hf_config
+    from puna.model.count import count_parameters
+    from puna.tokenizer.tokenizer import Tokenizer
+
+    folder = find_model(path)
+    shape = from_hf_config(read_json(folder / "config.json"), folder / "config.json")
+    tokenizer = Tokenizer(folder)
+    files = weight_files(folder)
+    with safe_open(files[0], framework="numpy") as handle:
+        stored = handle.get_slice(next(iter(handle.keys()))).get_dtype()
+    lineage: dict[str, Any] = read_json(folder / "puna.json") if (folder / "puna.json").exists() else {}
+    fields: dict[str, Any] = {
+        "path": str(folder),
+        "parameters": count_parameters(shape),
+        **shape.model_dump(),
+        "weights": f"{stored}, {sum(f.stat().st_size for f in files) / 1e6:,.1f} MB in {len(files)} file(s)",
+        "tokenizer": f"{tokenizer.vocab_size} ids, BOS {tokenizer.bos_id}, stops at {tokenizer.stop_ids}",
+        "lineage": {k: lineage.get(k) for k in ("puna", "recipe", "data", "metrics")} if lineage else None,
+    }
+    print_fields(fields, as_json)

@@ -1,0 +1,215 @@
+"""Typed configs: frozen pydantic models filled from a YAML file and `key=value` words, errors with file:line.
+
+Precedence: command line > file > default. YAML is read as version 1.2, duplicate keys are refused, and words from
+the command line are parsed by the same types. A config holds values only; whatever is derived is a function.
+"""
+
+import difflib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from puna.errors import UsageError
+
+Keys = tuple[str | int, ...]
+C = TypeVar("C", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of all configs: immutable, unknown keys refused, the string below a field is its documentation."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class RecipeConfig(Config):
+    """What every recipe has in common."""
+
+    recipe: str
+    """Which recipe this file is for; lets `puna validate FILE` know."""
+    output: Path
+    """Folder to write. It must not hold something else already."""
+    seed: int = 0
+    """Initial weights, sample order and generated text follow from it; tokenizer and data draw nothing."""
+    dtype: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """Compute dtype. auto: bf16 where the hardware has native bf16, else fp32."""
+    device: str = "auto"
+    """auto: cuda, then mps, then cpu; or a torch device such as cuda:1."""
+
+
+def load_config(kind: type[C], file: Path | None = None, words: Sequence[str] = ()) -> C:
+    """Read `file` (YAML), lay the `key=value` words over it and validate.
+
+    Raises:
+        UsageError: listing every problem with its file:line or word and the nearest valid key.
+    """
+    tree = read_yaml(file) if file else {}
+    values = _plain(tree)
+    said: dict[Keys, str] = {}
+    for word in words:
+        keys, value = _parse_word(word)
+        _put(values, keys, value)
+        said[keys] = word
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = [_problem(kind, e, file, tree, said) for e in error.errors()]
+        raise UsageError("\n".join(problems)) from None
+
+
+def read_yaml(file: Path) -> Any:
+    """The file as ruamel's mapping, which knows the line of every key."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        tree = YAML(typ="rt").load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError("no such config file", where=file, fix="puna ls configs") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot be read as a config: {error}", where=file) from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UsageError((error.problem or "not valid YAML").split(" with value")[0], where=f"{file}:{line}") from None
+    except YAMLError as error:
+        raise UsageError(f"not valid YAML: {error}", where=file) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, Mapping):
+        raise UsageError("a config is a mapping of `key: value` lines", where=f"{file}:1")
+    return tree
+
+
+def to_yaml(config: Config, given_only: bool = False) -> str:
+    """The config as YAML: every value, or only those the user gave."""
+    from ruamel.yaml import YAML
+
+    stream = io.StringIO()
+    YAML(typ="rt").dump(config.model_dump(mode="json", exclude_unset=given_only), stream)
+    return stream.getvalue()
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """`; did you mean X?` for the closest of `choices`, or an empty string."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """`key: old -> new` for every leaf in which two plain config trees differ."""
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}: {a} -> {b}"
+
+
+def _plain(value: Any) -> Any:
+    """ruamel's annotated containers and scalars as plain Python ones."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    for scalar in (bool, int, float, str):
+        if isinstance(value, scalar):
+            return scalar(value)
+    return value
+
+
+def _parse_word(word: str) -> tuple[Keys, Any]:
+    """`train.lr=1e-3` -> (("train", "lr"), "1e-3"); lists, mappings, quotes and null are YAML."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    key, sign, text = word.partition("=")
+    if not sign or not key:
+        raise UsageError(f"`{word}` is not of the form key=value", fix="for example: steps=100")
+    value: Any = text
+    if text[:1] in ("[", "{", '"', "'") or text in ("null", "~", ""):
+        try:
+            value = _plain(YAML(typ="rt").load(text))
+        except YAMLError:
+            raise UsageError(f"the value of `{word}` is not valid YAML", cause="an open bracket or quote") from None
+    return tuple(key.split(".")), value
+
+
+def _put(values: dict[str, Any], keys: Keys, value: Any) -> None:
+    for key in keys[:-1]:
+        inner = values.get(str(key))
+        if isinstance(inner, str):
+            inner = {"preset": inner}  # `model: llama3.2-1b` in the file, `model.n_layers=4` on the command line
+        values[str(key)] = inner = dict(inner) if isinstance(inner, Mapping) else {}
+        values = inner
+    values[str(keys[-1])] = value
+
+
+def _problem(kind: type[Config], error: Any, file: Path | None, tree: Any, said: Mapping[Keys, str]) -> str:
+    keys: Keys = tuple(error["loc"])
+    name = ".".join(map(str, keys))
+    where = _where(keys, file, tree, said)
+    if error["type"] == "extra_forbidden":
+        level, everywhere = _valid_keys(kind, keys[:-1]), _all_keys(kind)
+        hint = nearest(str(keys[-1]), level)
+        if not hint:  # the right word on the wrong level: `lr` for `train.lr`
+            same = [k for k in everywhere if k.split(".")[-1] == keys[-1]]
+            hint = f"; did you mean `{same[0]}`?" if same else nearest(name, everywhere)
+        elif len(keys) > 1:
+            hint = hint.replace("`", f"`{'.'.join(map(str, keys[:-1]))}.", 1)
+        return f"{where}unknown key `{name}`{hint}\n  valid here: {', '.join(level)}"
+    if error["type"] == "missing":
+        return f"{where}`{name}` is missing; add it to the config or type {name}=..."
+    if error["type"] == "literal_error":
+        choices = [c.strip("'") for c in error["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        return f"{where}`{name}` is {error['input']!r}; it must be one of {', '.join(choices)}" + nearest(
+            str(error["input"]), choices
+        )
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}`{name}`: {message[:1].lower()}{message[1:]} (got {error['input']!r})"
+
+
+def _where(keys: Keys, file: Path | None, tree: Any, said: Mapping[Keys, str]) -> str:
+    for end in range(len(keys), 0, -1):
+        if keys[:end] in said:
+            return f"{said[keys[:end]]}: "
+    if file is None:
+        return ""
+    line = 1
+    for key in keys:
+        try:
+            line = (tree.lc.item(key) if isinstance(tree, list) else tree.lc.key(key))[0] + 1
+            tree = tree[key]
+        except (AttributeError, KeyError, IndexError, TypeError):
+            break
+    return f"{file}:{line}: "
+
+
+def _submodel(annotation: Any) -> type[Config] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if found := _submodel(inner):
+            return found
+    return None
+
+
+def _valid_keys(kind: type[Config], keys: Keys) -> list[str]:
+    for key in keys:
+        field = kind.model_fields.get(str(key))
+        inner = _submodel(field.annotation) if field else None
+        if inner is None:
+            return []
+        kind = inner
+    return list(kind.model_fields)
+
+
+def _all_keys(kind: type[Config], prefix: str = "") -> list[str]:
+    names = []
+    for key, field in kind.model_fields.items():
+        inner = _submodel(field.annotation)
+        names += _all_keys(inner, f"{prefix}{key}.") if inner else [f"{prefix}{key}"]
+    return names

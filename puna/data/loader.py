@@ -1,0 +1,89 @@
+"""Batches of packed text. The order is a pure function of (seed, epoch, data), so the position is two integers."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from puna.data.batch import Batch
+from puna.data.shards import Shards
+from puna.errors import DataError
+
+
+class TokenLoader:
+    """Endless batches of windows of seq_len + 1 ids, every window of an epoch once, in shuffled order.
+
+    Each epoch cuts the text at another offset, so the windows differ from epoch to epoch.
+    """
+
+    def __init__(self, shards: Shards, seq_len: int, batch_size: int, seed: int):
+        self.shards, self.seq_len, self.batch_size, self.seed = shards, seq_len, batch_size, seed
+        self.epoch = self.index = 0
+        if shards.tokens < 2 * seq_len + 1:
+            raise DataError(
+                f"the split has {shards.tokens:,} tokens, too few for windows of seq_len={seq_len}",
+                where=shards.folder, fix="more text, or a smaller seq_len",
+            )  # fmt: skip
+
+    def __iter__(self) -> "TokenLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        rows = torch.from_numpy(np.stack([self._next_window() for _ in range(self.batch_size)]))
+        tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return Batch(tokens, labels, labels.numel())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "index": self.index, "data": self.shards.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position.
+
+        Raises:
+            DataError: the data is not what the position was saved for.
+        """
+        if state["data"] != self.shards.fingerprint:
+            raise DataError(
+                f"the data changed since the checkpoint: {state['data'][:15]} then, {self.shards.fingerprint[:15]} now",
+                where=self.shards.folder, fix="restore the data, or start a new run",
+            )  # fmt: skip
+        self.epoch, self.index = state["epoch"], state["index"]
+
+    def _next_window(self) -> np.ndarray:
+        offset = _hash(self.seed, self.epoch, self.shards.fingerprint) % self.seq_len
+        count = (self.shards.tokens - 1 - offset) // self.seq_len
+        place = permute(self.index, count, _hash(self.seed, self.epoch, self.shards.fingerprint, "order"))
+        self.index += 1
+        if self.index == count:
+            self.epoch, self.index = self.epoch + 1, 0
+        return self.shards.read(offset + place * self.seq_len, self.seq_len + 1)
+
+
+def permute(index: int, count: int, key: int) -> int:
+    """Where `index` goes in the permutation of range(count) chosen by `key`: constant memory at any count.
+
+    A four-round Feistel network permutes the next power of four; values outside the range are walked on
+    ("cycle walking") until they fall inside.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for round in range(4):
+            left, right = right, left ^ (_mix(right ^ key, round) & mask)
+        index = left << half | right
+        if index < count:
+            return index
+
+
+def _mix(value: int, round: int) -> int:
+    """splitmix64's finalizer."""
+    value = (value + (round + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return value ^ value >> 31
+
+
+def _hash(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")

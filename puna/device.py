@@ -1,0 +1,85 @@
+"""Which device, which compute dtype, how many threads. Every automatic choice says why."""
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from puna.errors import ResourceError, UsageError
+from puna.log import log
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_device(name: str = "auto") -> "torch.device":
+    """`auto` takes cuda, then mps, then cpu.
+
+    Raises:
+        UsageError: not a device name torch knows.
+        ResourceError: the device is not on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"`{name}` is not a device", fix="device=auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(f"there is no {name} here", cause=f"torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
+    """The compute dtype. `auto` is bf16 only where bf16 is native: emulated bf16 is slower than fp32 by far."""
+    import torch
+
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+    if name != "auto":
+        return named[name]
+    native, why = _native_bf16(device)
+    log.info("compute dtype: %s (%s)", "bf16" if native else "fp32", why)
+    return torch.bfloat16 if native else torch.float32
+
+
+def _native_bf16(device: "torch.device") -> tuple[bool, str]:
+    import torch
+
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return native, f"{torch.cuda.get_device_name(device)} has {'' if native else 'no '}native bf16"
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        found = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if has.get(name)]
+        return bool(found), f"CPU has {found[0]}" if found else "CPU has no native bf16"
+    return False, f"bf16 on {device.type} is not measured yet"
+
+
+def calibrate_threads() -> int:
+    """The number of CPU threads that multiplies matrices fastest now.
+
+    More threads than free cores collapse to a tenth of the speed of one (OpenMP spins), so it is measured: once a
+    run, because the count also decides the order of floating-point sums and so has to be the same on resume.
+    """
+    import torch
+
+    best, rates = 1, {}
+    x, counts = torch.randn(512, 512), _candidates(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    for count in counts:
+        torch.set_num_threads(count)
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            torch.mm(x, x)
+            times.append(time.perf_counter() - start)
+        rates[count] = 1 / sorted(times)[len(times) // 2]
+        if rates[count] > 1.05 * rates[best]:  # a tie goes to fewer threads
+            best = count
+    log.info("threads: %d (measured %s matmul/s)", best, ", ".join(f"{c}: {r:.0f}" for c, r in rates.items()))
+    return best
+
+
+def _candidates(cores: int) -> list[int]:
+    powers = [2**i for i in range(cores.bit_length()) if 2**i < cores]
+    return [*powers, cores]

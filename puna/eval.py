@@ -1,0 +1,45 @@
+"""Perplexity of a model on held-out text, in the unit that compares across tokenizers: bits per byte."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from puna.data.shards import Shards
+from puna.model.transformer import Transformer
+from puna.ops.cross_entropy import linear_cross_entropy
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: Transformer, shards: Shards, seq_len: int, batch_size: int, max_windows: int | None = None
+) -> float:
+    """-log2 p(text) / bytes, over windows of `seq_len` end to end; a window sees nothing of the one before.
+
+    Every token but the very first is scored once. With `max_windows` only that many, spread evenly, are scored
+    and bytes are counted in proportion: an estimate, good for watching a run.
+    """
+    device = next(model.parameters()).device
+    count = -(-(shards.tokens - 1) // seq_len)
+    chosen = range(count) if max_windows is None else range(0, count, max(1, -(-count // max_windows)))
+    training = model.training
+    model.eval()
+    nats = torch.zeros((), dtype=torch.float64)
+    scored = 0
+    for start in range(0, len(chosen), batch_size):
+        for rows in _windows(shards, chosen[start : start + batch_size], seq_len):
+            rows = rows.to(device)
+            hidden = model(rows[:, :-1], head=False).flatten(0, 1)
+            nats += linear_cross_entropy(hidden, model.lm_head.weight, rows[:, 1:].flatten()).double().cpu()
+            scored += rows.numel() - len(rows)
+    model.train(training)
+    return float(nats) / math.log(2) / (shards.bytes * scored / (shards.tokens - 1))
+
+
+def _windows(shards: Shards, chosen: range, seq_len: int) -> list[Tensor]:
+    """The chosen windows as batches of one length: the last window of the split may be shorter than the rest."""
+    rows: dict[int, list[Tensor]] = {}
+    for index in chosen:
+        length = min(seq_len + 1, shards.tokens - index * seq_len)
+        rows.setdefault(length, []).append(torch.from_numpy(shards.read(index * seq_len, length)))
+    return [torch.stack(same) for same in rows.values()]

@@ -1,0 +1,171 @@
+"""Files that are whole or absent: atomic folders with a hash manifest, locks, a full disk told plainly.
+
+Protocol of `atomic_folder`: write into a hidden sibling, fsync every file, write MANIFEST.json, fsync it and the
+folder, rename, fsync the parent. A crash at any point leaves the old state or the new one; what was half written
+has a name that no reader lists, and the next writer sweeps it away.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from puna.errors import CheckpointError, ResourceError, UsageError
+
+MANIFEST = "MANIFEST.json"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target`, with a manifest, when the block ends without an error.
+
+    Raises:
+        UsageError: `target` exists.
+        ResourceError: the disk is full; nothing at `target`, nothing left behind.
+    """
+    if target.exists():
+        raise UsageError("exists already", where=target, fix="choose another output=..., or remove that folder first")
+    with _disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent)
+        temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+        temporary.mkdir()
+        try:
+            yield temporary
+            write_json(temporary / MANIFEST, {"format": 1, "files": _hash_tree(temporary)})
+            for folder in {temporary, *(p for p in temporary.rglob("*") if p.is_dir())}:
+                _fsync(folder)
+            temporary.rename(target)
+            _fsync(target.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` with `text`: it holds the old or the new content at any moment."""
+    with _disk_errors(path):
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _fsync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the folder's manifest.
+
+    Raises:
+        CheckpointError: naming each file that is missing, changed or unexpected.
+    """
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        raise CheckpointError(f"no readable {MANIFEST}", where=folder, cause="the folder is not complete") from None
+    found = _hash_tree(folder)
+    wrong = [f"{n}: missing" for n in listed if n not in found]
+    wrong += [f"{n}: not in the manifest" for n in found if n not in listed]
+    wrong += [f"{n}: changed or damaged" for n in listed if n in found and listed[n] != found[n]]
+    if wrong:
+        raise CheckpointError("does not match its manifest: " + "; ".join(wrong), where=folder)
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sweep(parent: Path) -> None:
+    """Remove temporary files and folders of processes that are gone."""
+    for left in parent.glob(".*.tmp-*"):
+        owner = left.name.rpartition("-")[2]
+        if owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the lock is the kernel's and goes with the process, however it ends.
+
+    Raises:
+        ResourceError: another live process holds it.
+    """
+    import fcntl
+
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ResourceError(
+                f"another run is writing here (process {file.read().strip() or 'unknown'})",
+                where=folder,
+                fix="wait for it, or choose another output=...",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Refuse before writing when `folder`'s disk has less than 1.1 x `size` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * size:
+        raise ResourceError(
+            f"saving needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free", where=folder, fix="free some space"
+        )
+
+
+@contextlib.contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    # BaseException: torch's CheckpointException does not derive from Exception.
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in _FULL or "No space left" in str(error):
+            raise ResourceError(
+                "the disk is full; what was there before is untouched", where=target, fix="free some space and run it again"
+            ) from error
+        raise
+
+
+def _hash_tree(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    for path in files:
+        _fsync(path)
+    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "hash": hash_file(p)} for p in files}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,23 @@
+"""From logits to the next id."""
+
+import torch
+from torch import Tensor
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:
+    """One id a row: (B, V) -> (B,) int64.
+
+    Args:
+        temperature: 0 takes the most likely id.
+        top_p: keeps the most likely ids up to and including the one that crosses this probability (Llama 2's rule).
+        generators: one a row, so that a row's text does not depend on the rows beside it.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, index = probabilities.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered > top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, index, ordered)
+    rows = zip(probabilities, generators, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])

@@ -1,0 +1,116 @@
+"""Logging to stderr, metrics to `metrics.jsonl`, progress as a bar on a terminal and as plain lines elsewhere."""
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("puna")
+
+
+def setup_logging(verbosity: int = 0) -> None:
+    """-1: warnings only, 0: information, 1: debugging. Everything goes to stderr; stdout is for results."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel({-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG))
+    log.propagate = False
+
+
+class Metrics:
+    """Appends one JSON object a line. Rows past `step` are dropped, so a resumed run does not log a step twice."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def rewind(self, step: int) -> None:
+        if self.path.exists():
+            kept = [row for row in self.read() if row.get("step", 0) <= step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def write(self, **row: Any) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows; a last line cut short by a crash is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+
+class Progress:
+    """Shows how far `total` units of work are: `with Progress("training", 500) as p: p.update(7, "loss 3.2")`.
+
+    On a terminal a bar; elsewhere at most one line in `interval` seconds, so that logs stay short.
+    """
+
+    def __init__(self, label: str, total: int | None, done: int = 0, interval: float = 10.0):
+        self.label, self.total, self.done, self.interval = label, total, done, interval
+        self.text = ""
+        self._started = self._last = time.monotonic()
+        self._first = done
+        self._bar: Any = None
+        self._handlers: list[logging.Handler] = []
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
+            self._start_bar()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            log.handlers[:] = self._handlers
+
+    def update(self, done: int, text: str = "") -> None:
+        """Report `done` units finished in all, with a short status text."""
+        self.done, self.text = done, text
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, text=text)
+        elif now - self._last >= self.interval:
+            self._last = now
+            log.info("%s", self.line())
+
+    def line(self) -> str:
+        """The plain form: `training 120/500  loss 3.21  0:34 left`."""
+        if not self.total:
+            return f"{self.label} {self.done:,}  {self.text}".rstrip()
+        fresh = self.done - self._first
+        left = (time.monotonic() - self._started) / fresh * (self.total - self.done) if fresh else 0.0
+        return f"{self.label} {self.done}/{self.total}  {self.text}  {clock(left)} left"
+
+    def _start_bar(self) -> None:
+        from rich.console import Console
+        from rich.logging import RichHandler
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        console = Console(stderr=True)
+        middle = (BarColumn(bar_width=16), MofNCompleteColumn()) if self.total else (SpinnerColumn(),)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            *middle,
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, text="")
+        # Lines logged while the bar is up have to go through its console, or they tear it.
+        self._handlers = list(log.handlers)
+        plain = RichHandler(console=console, show_time=False, show_level=False, show_path=False, highlighter=None)
+        log.handlers[:] = [h for h in self._handlers if type(h) is not logging.StreamHandler] + [plain]
+        self._bar.start()
+
+
+def clock(seconds: float) -> str:
+    """75.2 -> "1:15"."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"

@@ -1,0 +1,83 @@
+"""The acts of a Llama's life, each a page. `RECIPES` is a static table, so listing them imports nothing."""
+
+import json
+from collections.abc import Sequence
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+
+from puna.config import Config, load_config, nearest, read_yaml
+from puna.errors import UsageError
+from puna.log import log, setup_logging
+
+RECIPES = {
+    "tokenizer": "train a tokenizer: text -> tokenizer folder",
+    "data": "encode text into token shards: text + tokenizer -> shard folder",
+    "pretrain": "pretrain a Llama: token shards -> run folder with a model",
+}
+
+CONFIGS = {
+    "quickstart/tokenizer": "2,048 ids from Shakespeare and the King James Bible",
+    "quickstart/data": "the same text as shards, two plays held out",
+    "quickstart/pretrain": "a 2M-parameter Llama 3 in two minutes on a laptop",
+    "debug": "ten steps of a tiny model on your shards: does the machinery turn?",
+}
+
+
+def config_type(recipe: str) -> type[Config]:
+    """The recipe's Config class (imports the recipe)."""
+    return _module(recipe).Config
+
+
+def config_file(name: str) -> Path:
+    """A shipped config's file, or the file of that name.
+
+    Raises:
+        UsageError: neither.
+    """
+    if name in CONFIGS:
+        return Path(str(resources.files("puna") / "configs" / f"{name}.yaml"))
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).exists():
+        return Path(name)
+    raise UsageError(f"no config `{name}`" + nearest(name, list(CONFIGS)), fix="puna ls configs, or a .yaml file")
+
+
+def recipe_of(file: Path) -> str:
+    """The recipe a config file is for, from its `recipe:` line."""
+    recipe = read_yaml(file).get("recipe")
+    if recipe not in RECIPES:
+        hint = nearest(str(recipe), list(RECIPES)) if recipe else ""
+        raise UsageError(
+            f"recipe is {recipe!r}{hint}" if recipe else "the file does not say which recipe it is for",
+            where=file, fix=f"a line `recipe: NAME` with one of {', '.join(RECIPES)}",
+        )  # fmt: skip
+    return recipe
+
+
+def load(recipe: str, config: str | Path | None = None, words: Sequence[str] = ()) -> Config:
+    """The recipe's config from a shipped or own file (none: its defaults) and `key=value` words."""
+    if recipe not in RECIPES:
+        raise UsageError(f"no recipe `{recipe}`" + nearest(recipe, list(RECIPES)), fix="puna ls recipes")
+    file = config_file(str(config)) if config is not None else None
+    if file is not None and (named := read_yaml(file).get("recipe", recipe)) != recipe:
+        raise UsageError(f"this config is for the recipe `{named}`, not `{recipe}`", where=file, fix=f"puna run {named} --config {config}")
+    return load_config(config_type(recipe), file, words)
+
+
+def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any) -> Path:
+    """Run a recipe and return its output: `puna.run("pretrain", data="shards", **{"train.accumulate": 4})`.
+
+    Args:
+        config: the name of a shipped config, a YAML file, or a config that `load` made.
+        overrides: values over the config's; dotted keys by `**{...}`.
+    """
+    if not log.handlers:
+        setup_logging()
+    if isinstance(config, Config):
+        return _module(recipe).main(config)
+    words = [f"{key}={value if isinstance(value, str | Path) else json.dumps(value)}" for key, value in overrides.items()]
+    return _module(recipe).main(load(recipe, config, words))
+
+
+def _module(recipe: str) -> Any:
+    return import_module(f"puna.recipes.{recipe}")

@@ -1,0 +1,133 @@
+"""Pretrain a Llama: token shards -> run folder with a model directory in `final/`."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from puna.checkpoint.model_directory import save_model
+from puna.config import Config as BaseConfig
+from puna.config import RecipeConfig
+from puna.data.loader import TokenLoader
+from puna.data.shards import Shards, read_index
+from puna.device import calibrate_threads, choose_device, choose_dtype
+from puna.errors import UsageError
+from puna.eval import bits_per_byte
+from puna.files import atomic_folder, write_json
+from puna.infer.generate import generate
+from puna.log import clock, log
+from puna.model.count import count_parameters
+from puna.model.init import build_model, init_weights, materialize
+from puna.model.presets import ModelChoice, ModelSpec, resolve_model
+from puna.model.transformer import Transformer
+from puna.run import Run, open_run
+from puna.tokenizer.tokenizer import Tokenizer
+from puna.train.budget import steps_within
+from puna.train.fit import TrainConfig, fit
+from puna.train.objectives import next_token
+
+
+class SampleConfig(BaseConfig):
+    """Text the model writes at every validation, so that one can watch it learn."""
+
+    prompts: list[str] = ["The "]
+    max_tokens: int = 48
+    temperature: float = 0.7
+
+
+class Config(RecipeConfig):
+    """Pretrain on packed text: next-token loss over every position."""
+
+    recipe: Literal["pretrain"] = "pretrain"  # type: ignore[assignment]
+    output: Path = Path("runs/pretrain")
+    data: Path = Path("runs/data")
+    """A shard folder made by the data recipe; its tokenizer comes with it."""
+    model: ModelSpec = ModelChoice()
+    """A preset (`model=llama3.2-1b`), or a preset with changed values."""
+    seq_len: int = 256
+    batch_size: int = 8
+    """Rows of seq_len tokens in a micro-batch: more is faster and takes more memory."""
+    steps: int = 1000
+    seconds: float | None = None
+    """Instead of steps: ten are measured and `steps` is set so that training takes at most this long, once."""
+    save_dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """What the weights of the written model are stored in; the train state keeps fp32."""
+    compile: bool = False
+    """Compile each block (torch.compile): worth it above a minute of training."""
+    train: TrainConfig = TrainConfig()
+    samples: SampleConfig = SampleConfig()
+
+
+def main(config: Config) -> Path:
+    """Train, validate, and write `final/`. Run again after an interruption, it goes on."""
+    read_index(config.data)  # a wrong path is told before a run folder exists
+    with open_run(config) as run:
+        device = choose_device(config.device)
+        torch.set_num_threads(run.once("threads", calibrate_threads))
+        tokenizer = Tokenizer(config.data / "tokenizer")
+        train, valid = Shards(config.data, "train"), Shards(config.data, "valid")
+        model = _model(config, tokenizer, device)
+        batches = TokenLoader(train, config.seq_len, config.batch_size, config.seed)
+        evaluate = partial(_evaluate, run=run, config=config, valid=valid, tokenizer=tokenizer)
+        lineage = {"recipe": "pretrain", "data": train.fingerprint, "config": config.model_dump(mode="json")}
+        save = partial(save_model, model=model, tokenizer=tokenizer, save_dtype=config.save_dtype, lineage=lineage)
+        plan: dict[str, Any] = {"steps": config.steps}
+        if config.seconds:
+            measure = partial(steps_within, config.seconds, model, batches, next_token, config.train, evaluate)
+            plan = run.once("plan", measure)
+        state = fit(run, model, batches, next_token, config.train, plan["steps"], evaluate, save)
+        result = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds + plan.get("seconds_probing", 0.0)}
+        result["seconds_compiling"] = plan.get("seconds_compiling", 0.0)
+        if valid.tokens:
+            result["bits_per_byte"] = bits_per_byte(model, valid, config.seq_len, config.batch_size)
+        with atomic_folder(run.final) as folder:
+            save(folder, lineage={**lineage, "metrics": result})
+        write_json(run.folder / "result.json", result)
+        _report(run, result)
+    return config.output
+
+
+def _model(config: Config, tokenizer: Tokenizer, device: torch.device) -> Transformer:
+    shape = resolve_model(config.model, tokenizer.vocab_size)
+    if config.seq_len > shape.max_seq_len:
+        raise UsageError(f"seq_len={config.seq_len} is more than the model's max_seq_len={shape.max_seq_len}", fix="model.max_seq_len=N")
+    model = build_model(shape, choose_dtype(config.dtype, device))
+    materialize(model, device)
+    init_weights(model, config.seed)
+    if config.compile:
+        for layer in model.layers:
+            layer.compile()
+    log.info("model: %s parameters, %s", f"{count_parameters(shape):,}", config.model.preset)
+    return model
+
+
+def _evaluate(
+    model: Transformer, step: int, *, run: Run, config: Config, valid: Shards, tokenizer: Tokenizer
+) -> dict[str, float]:
+    """An estimate of bits per byte on a part of the validation split; samples go to the log and samples.jsonl."""
+    options = config.samples
+    if options.prompts and step:
+        ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in options.prompts]
+        model.eval()
+        rows = generate(
+            model, ids, max_tokens=options.max_tokens, temperature=options.temperature, seed=config.seed,
+            stop_ids=tokenizer.stop_ids,
+        )  # fmt: skip
+        for prompt, row in zip(options.prompts, rows, strict=True):
+            text = prompt + tokenizer.decode(row)
+            log.info("  | %s", text.replace("\n", "\n  | "))
+            run.samples.write(step=step, prompt=prompt, text=text)
+    if not valid.tokens:
+        return {}
+    return {"bits_per_byte": bits_per_byte(model, valid, config.seq_len, config.batch_size, max_windows=128)}
+
+
+def _report(run: Run, result: dict[str, float]) -> None:
+    log.info(
+        "trained %s steps, %s tokens in %s (%.0f s compiling)",
+        f"{result['steps']:,}", f"{result['tokens']:,}", clock(result["seconds"]), result["seconds_compiling"],
+    )  # fmt: skip
+    if "bits_per_byte" in result:
+        log.info("bits per byte on the held-out text: %.3f", result["bits_per_byte"])
+    log.info("model: %s", run.final)

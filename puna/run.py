@@ -1,0 +1,137 @@
+"""The run folder: what was asked (config), what was measured once, what happened (metrics, log), how to stop.
+
+config.yaml      what the user gave (file and words)    measured.json   choices measured once: threads, steps
+resolved.yaml    every value                            metrics.jsonl   one row a step
+env.json         versions, machine, command             samples.jsonl   text the model wrote while learning
+log.txt          what the terminal showed               checkpoints/step-N/  final/
+"""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from puna.config import RecipeConfig, differences, read_yaml, to_yaml
+from puna.errors import Interrupted, UsageError
+from puna.files import lock, sweep, write_json, write_text
+from puna.log import Metrics, log
+
+T = TypeVar("T")
+
+
+class Run:
+    """An open run folder. `open_run` makes it; recipes and `fit` write through it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.checkpoints, self.final = folder / "checkpoints", folder / "final"
+        self.metrics, self.samples = Metrics(folder / "metrics.jsonl"), Metrics(folder / "samples.jsonl")
+        self.stop = Stop()
+
+    def once(self, name: str, measure: Callable[[], T]) -> T:
+        """The stored value of `name`, or `measure()` now, stored. A resumed run never measures again."""
+        path = self.folder / "measured.json"
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if name not in stored:
+            stored[name] = measure()
+            write_json(path, stored)
+        return stored[name]
+
+
+@contextlib.contextmanager
+def open_run(config: RecipeConfig) -> Iterator[Run]:
+    """Create or continue the run in `config.output`.
+
+    The same config on an unfinished folder goes on where it stopped. Anything else is refused.
+
+    Raises:
+        UsageError: the run is finished, was started with another config, or the folder holds something else.
+        ResourceError: another process is writing there.
+    """
+    folder = config.output
+    resolved = folder / "resolved.yaml"
+    if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()) and not resolved.exists():
+        raise UsageError("the folder is not empty and holds no run", where=folder, fix="choose another output=...")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        if resolved.exists():
+            _check_continues(config, folder)
+        else:
+            write_json(folder / "env.json", environment())
+            write_text(folder / "config.yaml", to_yaml(config, given_only=True))
+            write_text(resolved, to_yaml(config))
+        sweep(folder)
+        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(handler)
+        run = Run(folder)
+        try:
+            with run.stop.listening():
+                yield run
+        finally:
+            log.removeHandler(handler)
+            handler.close()
+
+
+class Stop:
+    """SIGINT and SIGTERM ask for a stop at the next step boundary; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals reach the main thread only: a notebook's worker keeps its own handlers
+            return
+        before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: object) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        log.warning("stopping after this step (again: stop now)")
+
+    def check(self, what: str) -> None:
+        """Raise Interrupted if a stop was asked for; `what` says what is safe by now."""
+        if self.signal:
+            raise Interrupted(f"stopped: {what}", self.signal, fix="run the same command again to go on")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine: enough to reproduce an issue, no secrets."""
+    wanted = ("puna", "torch", "numpy", "tokenizers", "sentencepiece", "safetensors")
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "versions": {name: installed.get(name) for name in wanted},
+    }
+
+
+def _check_continues(config: RecipeConfig, folder: Path) -> None:
+    if (folder / "final").exists():
+        raise UsageError("this run is finished", where=folder, fix="choose another output=..., or remove that folder first")
+    old, new = read_yaml(folder / "resolved.yaml"), config.model_dump(mode="json")
+    if changed := list(differences(old, new)):
+        raise UsageError(
+            "an unfinished run with another config is here: " + "; ".join(changed),
+            where=folder,
+            fix="use the old values to go on, or choose another output=...",
+        )
+    log.info("going on with the run in %s", folder)

@@ -1,0 +1,96 @@
+"""Text to ids and back. One runtime for every family: the canonical `tokenizer.json`, run by `tokenizers`."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+
+from puna.errors import DataError
+
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+"""What makes a tokenizer inside a model directory; `tokenizer.model` where the family has one."""
+_STOPS = ("<|eot_id|>", "<|eom_id|>")
+
+
+class Tokenizer:
+    """A loaded tokenizer. Control tokens are ids, not text: `encode` never makes one out of a string."""
+
+    def __init__(self, folder: Path):
+        path = folder / "tokenizer.json"
+        try:
+            raw = path.read_bytes()
+            self._engine = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+            self._config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"no {Path(error.filename).name}", where=folder, cause="not a tokenizer or model folder",
+                fix="puna run tokenizer sources.path=TEXTS output=FOLDER",
+            ) from None  # fmt: skip
+        except Exception as error:
+            raise DataError(f"cannot be read as a tokenizer: {error}", where=path) from None
+        self.folder = folder
+        self.fingerprint = "sha256:" + hashlib.sha256(raw).hexdigest()
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows the embedding needs: the largest id + 1."""
+        return max(self._engine.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Control tokens by name."""
+        return {t.content: i for i, t in sorted(self._engine.get_added_tokens_decoder().items()) if t.special}
+
+    @cached_property
+    def bos_id(self) -> int:
+        return self._named("bos_token")
+
+    @cached_property
+    def eos_id(self) -> int:
+        return self._named("eos_token")
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Ids after which generation ends: end of text, of turn and of message, where the family has them."""
+        return [self.eos_id, *(self.special_tokens[s] for s in _STOPS if s in self.special_tokens)]
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether a prompt starts with BOS, as the tokenizer's own post-processor says."""
+        return self._engine.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of `text` alone, no BOS or EOS. `special` lets control strings in the text become control ids."""
+        return self.encode_batch([text], special=special)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        """`encode` for many texts on all cores."""
+        # Not kept in tokenizer.json, so it is set at every call.
+        self._engine.encode_special_tokens = not special
+        return [e.ids for e in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of `ids`; control ids are left out unless `special`. Broken UTF-8 becomes U+FFFD."""
+        return self._engine.decode(list(ids), skip_special_tokens=not special)
+
+    def token(self, id: int) -> str:
+        """The vocabulary's own spelling of one id."""
+        return self._engine.id_to_token(id) or ""
+
+    def save(self, folder: Path) -> None:
+        """Copy the tokenizer's files, byte for byte."""
+        for name in FILES:
+            if (self.folder / name).exists():
+                shutil.copyfile(self.folder / name, folder / name)
+
+    def _named(self, key: str) -> int:
+        token = self._config.get(key)
+        text = token["content"] if isinstance(token, dict) else token
+        found = self._engine.token_to_id(text) if text else None
+        if found is None:
+            raise DataError(f"{key} is {text!r}, which has no id", where=self.folder / "tokenizer_config.json")
+        return found

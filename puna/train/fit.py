@@ -1,0 +1,140 @@
+"""The only training loop. Recipes differ in the four things they hand to it, never in the loop."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from puna.checkpoint.train_state import TrainState, load_train_state, newest_checkpoint, prune, save_train_state
+from puna.config import Config
+from puna.data.batch import Batch
+from puna.errors import DataError
+from puna.log import Progress, log
+from puna.run import Run
+from puna.train.guard import Guard
+from puna.train.objectives import Loss
+from puna.train.optim import OptimizerConfig, build_optimizer, learning_rate
+
+
+class BatchSource(Protocol):
+    """Endless batches with a position that can be saved and restored."""
+
+    def __next__(self) -> Batch: ...
+    def __iter__(self) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+Objective = Callable[[Any, Any], Loss]
+Evaluate = Callable[[Any, int], dict[str, float]]
+SaveModel = Callable[[Any], None]
+
+
+class TrainConfig(Config):
+    """How long and how often; the optimizer has its own config."""
+
+    accumulate: int = 1
+    """Micro-batches a step; the gradient is that of one batch of all of them."""
+    evaluate_every: int | None = None
+    """Steps between validations; null: five times in the run."""
+    save_every: int | None = None
+    """Steps between checkpoints; null: five times in the run. At most this many steps are lost in a crash."""
+    keep: int = 2
+    """Checkpoints kept."""
+    skip_budget: int = 3
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+def fit(
+    run: Run,
+    model: nn.Module,
+    batches: BatchSource,
+    objective: Objective,
+    config: TrainConfig,
+    steps: int,
+    evaluate: Evaluate,
+    save_model: SaveModel,
+) -> TrainState:
+    """Train `model` in place for `steps` optimizer steps, from the newest checkpoint of `run` if it has one.
+
+    Args:
+        model: what transforms made of it; its trainable parameters are optimized.
+        batches: micro-batches; a batch knows `n`, its number of trained units.
+        objective: the sum of the loss over a batch's units; the division is made here, by the step's n.
+        evaluate: (model, step) -> metrics of the model as it stands, logged with the step.
+        save_model: writes the model into a checkpoint's folder.
+
+    Raises:
+        Interrupted: a signal came; the step was finished and saved.
+        NumericError: too many non-finite steps.
+    """
+    device = next(model.parameters()).device
+    optimizer = build_optimizer(model, config.optimizer)
+    state = TrainState()
+    if checkpoint := newest_checkpoint(run):
+        state = load_train_state(checkpoint, model, optimizer, batches)
+    run.metrics.rewind(state.step)
+    run.samples.rewind(state.step)
+    guard = Guard(config.skip_budget)
+    evaluate_every, save_every = (every or max(1, -(-steps // 5)) for every in (config.evaluate_every, config.save_every))
+    with Progress("training", steps, state.step) as progress:
+        while state.step < steps:
+            started = time.perf_counter()
+            lr = learning_rate(state.step, steps, config.optimizer)
+            position = batches.state_dict()
+            micro = [next(batches) for _ in range(config.accumulate)]
+            row = train_step(model, optimizer, micro, objective, lr, config, device, guard, state.step, position)
+            state.step += 1
+            state.tokens += row["n"]
+            state.seconds += (took := time.perf_counter() - started)
+            run.metrics.write(step=state.step, **row, tokens=state.tokens, tok_s=row["n"] / took, seconds=state.seconds)
+            progress.update(state.step, f"loss {row['loss']:.3f}  {row['n'] / took:,.0f} tok/s")
+            last = state.step == steps
+            if state.step % save_every == 0 or last or run.stop.signal:
+                save_train_state(run, state, model, optimizer, batches, save_model)
+                prune(run, config.keep)
+            if (state.step % evaluate_every == 0 or last) and not run.stop.signal:
+                started = time.perf_counter()
+                metrics = evaluate(model, state.step)
+                state.seconds += time.perf_counter() - started
+                run.metrics.write(step=state.step, **metrics)
+                log.info("step %d  loss %.3f  %s", state.step, row["loss"], "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+            run.stop.check(f"step {state.step} of {steps} is saved in {run.folder}")
+    return state
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro: list[Batch],
+    objective: Objective,
+    lr: float,
+    config: TrainConfig,
+    device: torch.device,
+    guard: Guard,
+    step: int,
+    position: object = None,
+) -> dict[str, Any]:
+    """One optimizer step over the micro-batches: the gradient of their summed loss divided by their summed n."""
+    n = sum(batch.n for batch in micro)
+    if n == 0:
+        raise DataError("a step has nothing to train", where=f"data position {position}", cause="every label is masked")
+    model.train()
+    sums: dict[str, torch.Tensor] = {}
+    for batch in micro:
+        loss = objective(model, batch.to(device))
+        (loss.sum / n).backward()
+        for name, value in {"loss": loss.sum, **loss.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
+    row = {name: float(value) / n for name, value in sums.items()}
+    limit = config.optimizer.clip or float("inf")
+    grad_norm = float(nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], limit))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if guard.admits(step + 1, row["loss"], grad_norm, position):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {**row, "lr": lr, "grad_norm": grad_norm, "n": n}
