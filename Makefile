@@ -11,14 +11,14 @@ INDEX  := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 quickstart: .venv/core  ## train a small Llama from raw text, about five minutes with installation
 	$(BIN)/puna quickstart
 
-test: .venv/dev  ## all tests
-	$(BIN)/python -m pytest
+test: .venv/dev  ## all tests; PUNA_TEST_ASSETS=FOLDER adds those on real tokenizers and checkpoints
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 check: .venv/dev  ## lint, format, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
-	$(BIN)/python -m pytest
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(MAKE) --no-print-directory test
 
 setup: .venv/dev  ## install everything a developer needs
 

@@ -22,7 +22,11 @@ class Config(BaseModel):
     """Base of all configs: immutable, unknown keys refused, the string below a field is its documentation."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -181,7 +185,7 @@ def _where(keys: Keys, file: Path | None, tree: Any, said: Mapping[Keys, str]) -
     line = 1
     for key in keys:
         try:
-            line = (tree.lc.item(key) if isinstance(tree, list) else tree.lc.key(key))[0] + 1
+            line = (tree.lc.item if isinstance(key, int) else tree.lc.key)(key)[0] + 1
             tree = tree[key]
         except (AttributeError, KeyError, IndexError, TypeError):
             break

@@ -65,7 +65,10 @@ def calibrate_threads() -> int:
     import torch
 
     best, rates = 1, {}
-    x, counts = torch.randn(512, 512), _candidates(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    x, counts = (
+        torch.randn(512, 512),
+        _candidates(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1),
+    )
     for count in counts:
         torch.set_num_threads(count)
         times = []

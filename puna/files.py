@@ -129,7 +129,9 @@ def require_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.1 * size:
         raise ResourceError(
-            f"saving needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free", where=folder, fix="free some space"
+            f"saving needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free",
+            where=folder,
+            fix="free some space",
         )
 
 
@@ -139,9 +141,11 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno in _FULL or "No space left" in str(error):
+        if (isinstance(error, OSError) and error.errno in _FULL) or "No space left" in str(error):
             raise ResourceError(
-                "the disk is full; what was there before is untouched", where=target, fix="free some space and run it again"
+                "the disk is full; what was there before is untouched",
+                where=target,
+                fix="free some space and run it again",
             ) from error
         raise
 

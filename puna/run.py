@@ -126,7 +126,9 @@ def environment() -> dict[str, Any]:
 
 def _check_continues(config: RecipeConfig, folder: Path) -> None:
     if (folder / "final").exists():
-        raise UsageError("this run is finished", where=folder, fix="choose another output=..., or remove that folder first")
+        raise UsageError(
+            "this run is finished", where=folder, fix="choose another output=..., or remove that folder first"
+        )
     old, new = read_yaml(folder / "resolved.yaml"), config.model_dump(mode="json")
     if changed := list(differences(old, new)):
         raise UsageError(

@@ -9,7 +9,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from puna import __version__
-from puna.checkpoint.names import DTYPES, from_disk_name, from_hf_config, name_problems, to_disk_name, to_hf_config
+from puna.checkpoint.names import (
+    DTYPES,
+    from_disk_name,
+    from_hf_config,
+    name_problems,
+    to_disk_name,
+    to_hf_config,
+)
 from puna.errors import CheckpointError
 from puna.files import write_json
 from puna.model.init import build_model, materialize

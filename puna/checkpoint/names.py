@@ -45,7 +45,10 @@ def to_hf_config(config: ModelConfig, dtype: torch.dtype, bos_id: int, eos_ids: 
     values = {disk: getattr(config, ours) for ours, disk in _KEYS.items()}
     scaling = None
     if config.rope_scaling is not None:
-        scaling = {"rope_type": "llama3", **{disk: getattr(config.rope_scaling, ours) for ours, disk in _ROPE.items()}}
+        scaling = {
+            "rope_type": "llama3",
+            **{disk: getattr(config.rope_scaling, ours) for ours, disk in _ROPE.items()},
+        }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

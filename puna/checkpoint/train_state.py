@@ -121,20 +121,23 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    import torch.distributed.checkpoint as dcp
+    # Imported here: a second of start-up that only saving and resuming need.
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     with warnings.catch_warnings():  # "torch.distributed is disabled": one process is what we mean
         warnings.simplefilter("ignore")
-        dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder)), no_dist=True)
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
 
 
 def _read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except BaseException as error:  # CheckpointException is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise

@@ -53,8 +53,8 @@ def main() -> None:
     except Exception as error:
         if verbose:
             raise
-        name = type(error).__name__
-        _fail(f"puna: unexpected {name}: {error}\n  likely cause: a bug in puna\n  try: the same command with -v, and report it", 1)
+        what = f"puna: unexpected {type(error).__name__}: {error}"
+        _fail(what + "\n  likely cause: a bug in puna\n  try: the same command with -v, and report it", 1)
 
 
 def _fail(message: str, code: int) -> None:

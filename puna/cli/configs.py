@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,10 @@ from puna.errors import UsageError
 from puna.recipes import CONFIGS, RECIPES, config_file, config_type, load, recipe_of
 from puna.recipes import run as run_recipe
 
-Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the config's.", show_default=False)]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values over the config's.", show_default=False),
+]
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A name of `puna ls configs`, or a YAML file.")]
 
 
@@ -44,6 +47,7 @@ def ls(
         return
     if what not in (*sections, "models", "all"):
         raise UsageError(f"nothing called `{what}` to list" + nearest(what, [*sections, "models", "runs"]))
+    rows: dict[str, list[dict[str, Any]]]
     rows = {kind: [{"name": n, "summary": s} for n, s in table.items()] for kind, table in sections.items()}
     if what in ("models", "all"):
         rows["models"] = _models()
@@ -78,14 +82,16 @@ def validate(config: ConfigName, words: Words = None) -> None:
     print(to_yaml(settings), end="")
 
 
-def schema(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name of `puna ls recipes`.")]) -> None:
+def schema(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name of `puna ls recipes`.")],
+) -> None:
     """Print a recipe's JSON Schema, for editors."""
     if recipe not in RECIPES:
         raise UsageError(f"no recipe `{recipe}`" + nearest(recipe, list(RECIPES)), fix="puna ls recipes")
     print_json(config_type(recipe).model_json_schema())
 
 
-def _models() -> list[dict[str, object]]:
+def _models() -> list[dict[str, Any]]:
     from puna.model.count import count_parameters
     from puna.model.presets import PRESETS
 

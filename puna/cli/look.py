@@ -12,18 +12,17 @@ from puna.log import Metrics, clock
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of token shards.")]
 TokenizerFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A tokenizer or model folder.")]
-_OPEN = {"no_args_is_help": True}
 
 
 def register(app: typer.Typer) -> None:
-    tokenizer = typer.Typer(help="Look through a tokenizer: encode, decode, inspect.", **_OPEN)
+    tokenizer = typer.Typer(help="Look through a tokenizer: encode, decode, inspect.", no_args_is_help=True)
     tokenizer.command("encode")(encode)
     tokenizer.command("decode")(decode)
     tokenizer.command("inspect")(inspect_tokenizer)
-    data = typer.Typer(help="Look at token shards: show, stats.", **_OPEN)
+    data = typer.Typer(help="Look at token shards: show, stats.", no_args_is_help=True)
     data.command("show")(show_data)
     data.command("stats")(stats)
-    runs = typer.Typer(help="Look at runs: ls, show.", **_OPEN)
+    runs = typer.Typer(help="Look at runs: ls, show.", no_args_is_help=True)
     runs.command("ls")(ls_runs)
     runs.command("show")(show_run)
     app.add_typer(tokenizer, name="tokenizer")
@@ -84,7 +83,15 @@ def show_data(
     for number in (int(n) for n in documents.split(",")):
         row, ids = shards.document(number)
         part = ids[:tokens].tolist()
-        rows.append({**row, "document": number, "tokens": len(ids), "ids": part, "text": tokenizer.decode(part, special=True)})
+        rows.append(
+            {
+                **row,
+                "document": number,
+                "tokens": len(ids),
+                "ids": part,
+                "text": tokenizer.decode(part, special=True),
+            }
+        )
     if as_json:
         print_json(rows)
         return
@@ -100,7 +107,8 @@ def stats(folder: Folder, as_json: bool = Json) -> None:
 
     index = read_index(folder)
     splits = {
-        name: {k: s[k] for k in ("documents", "tokens", "bytes")} | {"bytes_per_token": round(s["bytes"] / max(1, s["tokens"]), 3)}
+        name: {k: s[k] for k in ("documents", "tokens", "bytes")}
+        | {"bytes_per_token": round(s["bytes"] / max(1, s["tokens"]), 3)}
         for name, s in index["splits"].items()
     }
     if as_json:
@@ -117,14 +125,14 @@ def find_runs(where: Path) -> list[dict[str, Any]]:
     return [{"name": str(folder), "summary": _state(folder)} for folder in sorted(set(found))]
 
 
-def ls_runs(
-    where: Annotated[Path, typer.Argument(help="Where to look.")] = Path("."), as_json: bool = Json
-) -> None:
+def ls_runs(where: Annotated[Path, typer.Argument(help="Where to look.")] = Path("."), as_json: bool = Json) -> None:
     """Runs below a folder and how far they are."""
     print_rows(find_runs(where), as_json)
 
 
-def show_run(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: bool = Json) -> None:
+def show_run(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: bool = Json
+) -> None:
     """A run's state, what it was given, and its last numbers."""
     if not (folder / "resolved.yaml").exists():
         raise UsageError("not a run folder", where=folder, fix="puna runs ls")

@@ -26,7 +26,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp64.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    special: Annotated[bool, typer.Option("--special", help="Control strings in the prompt become control ids.")] = False,
+    special: Annotated[
+        bool, typer.Option("--special", help="Control strings in the prompt become control ids.")
+    ] = False,
     as_json: bool = Json,
 ) -> None:
     """Continue raw text: puna generate runs/pretrain -p "Once upon a time" """

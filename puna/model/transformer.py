@@ -1,4 +1,4 @@
-"""THE Llama: a pre-norm decoder with RoPE, grouped-query attention and SwiGLU (LLaMA 1 section 2.2; Llama 3 section 3.2).
+"""THE Llama: a pre-norm decoder with RoPE, grouped-query attention, SwiGLU (LLaMA 1 section 2.2, Llama 3 section 3.2).
 
 Departures from a plain nn.Module stack, all on purpose:
 - Parameter names are Hugging Face's, so published weights load without a table.
@@ -28,8 +28,8 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
 
 
 class Attention(nn.Module):

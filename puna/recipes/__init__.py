@@ -60,7 +60,11 @@ def load(recipe: str, config: str | Path | None = None, words: Sequence[str] = (
         raise UsageError(f"no recipe `{recipe}`" + nearest(recipe, list(RECIPES)), fix="puna ls recipes")
     file = config_file(str(config)) if config is not None else None
     if file is not None and (named := read_yaml(file).get("recipe", recipe)) != recipe:
-        raise UsageError(f"this config is for the recipe `{named}`, not `{recipe}`", where=file, fix=f"puna run {named} --config {config}")
+        raise UsageError(
+            f"this config is for the recipe `{named}`, not `{recipe}`",
+            where=file,
+            fix=f"puna run {named} --config {config}",
+        )
     return load_config(config_type(recipe), file, words)
 
 
@@ -75,7 +79,9 @@ def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any
         setup_logging()
     if isinstance(config, Config):
         return _module(recipe).main(config)
-    words = [f"{key}={value if isinstance(value, str | Path) else json.dumps(value)}" for key, value in overrides.items()]
+    words = [
+        f"{key}={value if isinstance(value, str | Path) else json.dumps(value)}" for key, value in overrides.items()
+    ]
     return _module(recipe).main(load(recipe, config, words))
 
 

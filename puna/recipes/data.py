@@ -40,13 +40,26 @@ def main(config: Config) -> Path:
             raise DataError("the sources hold no training text", where=config.sources.path or config.sources.packages)
         (folder / "tokenizer").mkdir()
         tokenizer.save(folder / "tokenizer")
-        lineage = {"format": 1, "puna": __version__, "recipe": "data", "config": config.model_dump(mode="json")}
+        lineage = {
+            "format": 1,
+            "puna": __version__,
+            "recipe": "data",
+            "config": config.model_dump(mode="json"),
+        }
         write_json(folder / "puna.json", lineage)
     for split, entry in index["splits"].items():
         ratio = entry["bytes"] / max(1, entry["tokens"])
-        log.info("%s: %s documents, %s tokens, %.2f bytes each", split, f"{entry['documents']:,}", f"{entry['tokens']:,}", ratio)
+        log.info(
+            "%s: %s documents, %s tokens, %.2f bytes each",
+            split,
+            f"{entry['documents']:,}",
+            f"{entry['tokens']:,}",
+            ratio,
+        )
     if not index["splits"]["valid"]["tokens"]:
-        log.warning("nothing is held out, so training cannot be validated: raise sources.valid_fraction or set sources.hold_out")
+        log.warning(
+            "nothing is held out, so training cannot be validated: raise sources.valid_fraction or set sources.hold_out"
+        )
     return config.output
 
 

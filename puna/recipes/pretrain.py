@@ -77,7 +77,11 @@ def main(config: Config) -> Path:
             measure = partial(steps_within, config.seconds, model, batches, next_token, config.train, evaluate)
             plan = run.once("plan", measure)
         state = fit(run, model, batches, next_token, config.train, plan["steps"], evaluate, save)
-        result = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds + plan.get("seconds_probing", 0.0)}
+        result = {
+            "steps": state.step,
+            "tokens": state.tokens,
+            "seconds": state.seconds + plan.get("seconds_probing", 0.0),
+        }
         result["seconds_compiling"] = plan.get("seconds_compiling", 0.0)
         if valid.tokens:
             result["bits_per_byte"] = bits_per_byte(model, valid, config.seq_len, config.batch_size)
@@ -91,7 +95,10 @@ def main(config: Config) -> Path:
 def _model(config: Config, tokenizer: Tokenizer, device: torch.device) -> Transformer:
     shape = resolve_model(config.model, tokenizer.vocab_size)
     if config.seq_len > shape.max_seq_len:
-        raise UsageError(f"seq_len={config.seq_len} is more than the model's max_seq_len={shape.max_seq_len}", fix="model.max_seq_len=N")
+        raise UsageError(
+            f"seq_len={config.seq_len} is more than the model's max_seq_len={shape.max_seq_len}",
+            fix="model.max_seq_len=N",
+        )
     model = build_model(shape, choose_dtype(config.dtype, device))
     materialize(model, device)
     init_weights(model, config.seed)

@@ -1,13 +1,12 @@
 """Train a tokenizer: text -> tokenizer folder."""
 
 from collections.abc import Iterator
-from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 from puna import __version__
 from puna.config import RecipeConfig
-from puna.data.documents import Document, SourceConfig, read_documents, split_documents
+from puna.data.documents import SourceConfig, read_documents, split_documents
 from puna.errors import DataError
 from puna.files import atomic_folder, write_json
 from puna.log import Progress, log
@@ -40,7 +39,12 @@ def main(config: Config) -> Path:
                 save_bpe(train_bpe(texts, config.vocab_size), folder)
             else:
                 save_spm(train_spm(texts, config.vocab_size), folder)
-        lineage = {"format": 1, "puna": __version__, "recipe": "tokenizer", "config": config.model_dump(mode="json")}
+        lineage = {
+            "format": 1,
+            "puna": __version__,
+            "recipe": "tokenizer",
+            "config": config.model_dump(mode="json"),
+        }
         write_json(folder / "puna.json", lineage)
     tokenizer = Tokenizer(config.output)
     log.info("tokenizer: %d ids in %s", tokenizer.vocab_size, config.output)
@@ -49,9 +53,11 @@ def main(config: Config) -> Path:
 
 def _texts(config: Config, progress: Progress) -> Iterator[str]:
     size = count = 0
-    train = (d for split, d in split_documents(read_documents(config.sources), config.sources) if split == "train")
-    document: Document
-    for document in takewhile(lambda _: size < config.max_bytes, train):
+    for split, document in split_documents(read_documents(config.sources), config.sources):
+        if split != "train":
+            continue
+        if size >= config.max_bytes:
+            break
         size, count = size + len(document.text.encode()), count + 1
         progress.update(count, f"{size / 1e6:.1f} MB")
         yield document.text

@@ -15,7 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from puna.errors import DataError
 
 SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Llama 3's pre-tokenizer pattern."""
 
@@ -43,7 +44,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     size = vocab_size - N_SPECIAL
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if size < len(alphabet):
-        raise DataError(f"vocab_size={vocab_size} is too small", fix=f"vocab_size={N_SPECIAL + 256} or more: 256 bytes + 256 control ids")
+        raise DataError(
+            f"vocab_size={vocab_size} is too small",
+            fix=f"vocab_size={N_SPECIAL + 256} or more: 256 bytes + 256 control ids",
+        )
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     engine.train_from_iterator(texts, trainer)
     spelling = byte_of_character()

@@ -7,7 +7,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from puna.checkpoint.train_state import TrainState, load_train_state, newest_checkpoint, prune, save_train_state
+from puna.checkpoint.train_state import (
+    TrainState,
+    load_train_state,
+    newest_checkpoint,
+    prune,
+    save_train_state,
+)
 from puna.config import Config
 from puna.data.batch import Batch
 from puna.errors import DataError
@@ -79,7 +85,9 @@ def fit(
     run.metrics.rewind(state.step)
     run.samples.rewind(state.step)
     guard = Guard(config.skip_budget)
-    evaluate_every, save_every = (every or max(1, -(-steps // 5)) for every in (config.evaluate_every, config.save_every))
+    evaluate_every, save_every = (
+        every or max(1, -(-steps // 5)) for every in (config.evaluate_every, config.save_every)
+    )
     with Progress("training", steps, state.step) as progress:
         while state.step < steps:
             started = time.perf_counter()
@@ -101,7 +109,12 @@ def fit(
                 metrics = evaluate(model, state.step)
                 state.seconds += time.perf_counter() - started
                 run.metrics.write(step=state.step, **metrics)
-                log.info("step %d  loss %.3f  %s", state.step, row["loss"], "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+                log.info(
+                    "step %d  loss %.3f  %s",
+                    state.step,
+                    row["loss"],
+                    "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()),
+                )
             run.stop.check(f"step {state.step} of {steps} is saved in {run.folder}")
     return state
 

@@ -1,0 +1,73 @@
+"""The reference generation loop against full forwards."""
+
+import pytest
+import torch
+from test_model import BASE, build
+
+from puna.errors import UsageError
+from puna.infer.generate import generate
+from puna.infer.sampling import sample
+from puna.model.config import ModelConfig
+
+CONFIG = ModelConfig(**{**BASE, "n_kv_heads": 2, "max_seq_len": 24})
+PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2]]
+
+
+def greedy(model, prompt: list[int], n: int) -> list[int]:
+    """The oracle: a full forward for every token, no cache, no batch."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+def test_cached_ragged_batch_equals_full_forwards() -> None:
+    """A cache slot, mask or position off by one changes text only for the shorter rows of a batch."""
+    model = build(CONFIG, torch.float64).eval()
+    assert generate(model, PROMPTS, max_tokens=10) == [greedy(model, p, 10) for p in PROMPTS]
+
+
+def test_stop_ids_end_a_row_and_not_the_others() -> None:
+    """A stop id has to end its own row, be the last id of it, and leave the rest alone."""
+    model = build(CONFIG, torch.float64).eval()
+    full = [greedy(model, p, 10) for p in PROMPTS]
+    stop = full[0][3]
+    expected = [row[: row.index(stop) + 1] if stop in row else row for row in full]
+    assert generate(model, PROMPTS, max_tokens=10, stop_ids=[stop]) == expected
+
+
+def test_the_context_ends_generation() -> None:
+    """Beyond max_seq_len there is no cache slot."""
+    model = build(CONFIG).eval()
+    rows = generate(model, PROMPTS, max_tokens=1000)
+    assert [len(p) + len(r) for p, r in zip(PROMPTS, rows, strict=True)] == [24, 24, 24]
+    with pytest.raises(UsageError, match="24"):
+        generate(model, [[1] * 24], max_tokens=1)
+    with pytest.raises(UsageError, match="empty prompt"):
+        generate(model, [[]], max_tokens=1)
+
+
+def test_a_rows_sample_does_not_depend_on_its_neighbours() -> None:
+    """Same seed, same text, alone or in a batch."""
+    model = build(CONFIG, torch.float64).eval()
+    options = {"max_tokens": 8, "temperature": 1.0, "top_p": 0.9}
+    batch = generate(model, PROMPTS, seed=3, **options)
+    assert batch == [generate(model, [p], seed=3 + i, **options)[0] for i, p in enumerate(PROMPTS)]
+    assert batch != generate(model, PROMPTS, seed=4, **options)
+
+
+def test_top_p_keeps_the_id_that_crosses() -> None:
+    """Llama 2's rule; without the crossing id top_p=0 would keep nothing."""
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, 4)
+    generators = [torch.Generator().manual_seed(i) for i in range(2000)]
+    assert set(sample(logits, 1.0, 0.6, generators).tolist()) == {0, 1}
+    assert set(sample(logits, 1.0, 0.0, generators).tolist()) == {0}
+
+
+def test_samples_follow_the_distribution() -> None:
+    """Chi-square of 20,000 draws; 3 degrees of freedom, 16.3 is p = 0.001."""
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample((p.log() * 0.5).expand(20000, 4), 0.5, 1.0, [generator] * 20000)
+    counts = torch.bincount(drawn, minlength=4).float()
+    assert ((counts - 20000 * p) ** 2 / (20000 * p)).sum() < 16.3

@@ -1,0 +1,87 @@
+"""The layer table of the design, read from the imports."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "puna"
+RANKS = [
+    ["errors", "config", "log", "device", "files", "run", "report"],
+    ["ops", "dist"],
+    ["model", "tokenizer"],
+    ["lora", "quant"],
+    ["checkpoint"],
+    ["data"],
+    ["train", "infer"],
+    ["align", "eval", "serve", "plan", "migrate"],
+    ["recipes", "configs"],
+    ["cli"],
+    ["__main__"],
+]
+RANK = {place: rank for rank, places in enumerate(RANKS) for place in places}
+CLOSURE_FILES, CLOSURE_LINES = 45, 7000
+
+
+def imports(source: str) -> Iterator[tuple[str, bool]]:
+    """(dotted module of ours, whether it is imported inside a function) for every import."""
+    tree = ast.parse(source)
+    late = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((a.name, node in late) for a in node.names if a.name.split(".")[0] == "puna")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "puna":
+            whole = [f"{node.module}.{a.name}" for a in node.names]
+            yield from ((w if find(w) else str(node.module), node in late) for w in whole)
+
+
+def find(module: str) -> Path | None:
+    base = PACKAGE.parent / module.replace(".", "/")
+    return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
+
+
+def violations(place: str, source: str) -> list[str]:
+    """Imports in `source`, a file of `place`, that the layer table forbids."""
+    wrong = []
+    for module, late in imports(source):
+        target = [*module.split("."), ""][1]
+        if late and place != "cli":
+            wrong.append(f"{place} imports {module} inside a function")
+        same_room = place == target or RANK[place] == RANK[target] == 0 if target else True
+        if not same_room and RANK[target] >= RANK[place]:
+            wrong.append(f"{place} imports {module}")
+    return wrong
+
+
+def test_every_import_points_down() -> None:
+    """A module that reaches up or sideways ties rooms together that must be read apart."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        place = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        found += violations(place, path.read_text(encoding="utf-8")) if place != "__init__" else []
+    assert found == []
+
+
+def test_a_planted_import_is_caught() -> None:
+    """The layer test itself must be able to fail."""
+    assert violations("ops", "from puna.model import cache")
+    assert violations("eval", "import puna.serve")
+    assert violations("train", "def f():\n    from puna.data import batch")
+    assert not violations("train", "from puna.data.batch import Batch")
+
+
+def closure(module: str, seen: dict[Path, int]) -> dict[Path, int]:
+    """Every file of ours that importing `module` reads, with its lines."""
+    path = find(module)
+    if path is not None and path not in seen:
+        source = path.read_text(encoding="utf-8")
+        seen[path] = source.count("\n")
+        for inner, _ in imports(source):
+            closure(inner, seen)
+    return seen
+
+
+def test_pretrain_stays_readable() -> None:
+    """What one has to read to follow a pretraining run does not grow unnoticed."""
+    files = closure("puna.recipes.pretrain", {})
+    assert len(files) <= CLOSURE_FILES
+    assert sum(files.values()) <= CLOSURE_LINES

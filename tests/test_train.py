@@ -1,0 +1,364 @@
+"""The loop's promises: the loss denominator, exact resume, guards, checkpoints that others open."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from test_model import BASE, build
+
+import puna
+from puna.checkpoint.model_directory import load_model
+from puna.data.batch import Batch
+from puna.data.shards import Shards
+from puna.errors import CheckpointError, DataError, NumericError, ResourceError, UsageError
+from puna.eval import bits_per_byte
+from puna.infer.llama import Llama
+from puna.log import Metrics
+from puna.model.config import ModelConfig
+from puna.ops.cross_entropy import IGNORE
+from puna.recipes import run
+from puna.train.fit import TrainConfig, build_optimizer, train_step
+from puna.train.guard import Guard
+from puna.train.objectives import Loss, next_token
+from puna.train.optim import OptimizerConfig, learning_rate
+
+CPU = torch.device("cpu")
+TINY = {
+    "model": {"preset": "cria-2m", "dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 48},
+    "seq_len": 32, "batch_size": 2, "dtype": "fp32", "train.optimizer.lr": 0.01, "train.optimizer.warmup_steps": 2,
+    "samples.prompts": [],
+}  # fmt: skip
+
+
+def pretrain(output: Path, shards: Path, **words: Any) -> Path:
+    return run("pretrain", **{**TINY, "output": output, "data": shards, "steps": 12, **words})
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short finished run with a checkpoint at every fourth step."""
+    words = {
+        "train.save_every": 4,
+        "train.evaluate_every": 6,
+        "train.keep": 9,
+        "samples.prompts": ["The llama"],
+    }
+    return pretrain(tmp_path_factory.mktemp("run") / "run", shards, **words)
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in Metrics(folder / "metrics.jsonl").read() if "loss" in row]
+
+
+def ragged_batches() -> list[Batch]:
+    """Eight rows with very unequal numbers of trained positions."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for row in range(8):
+        tokens = torch.randint(0, 97, (1, 16), generator=generator)
+        labels = torch.where(torch.arange(16) < 1 + 2 * row, tokens.roll(-1, 1), IGNORE)
+        batches.append(Batch(tokens, labels, int((labels != IGNORE).sum())))
+    return batches
+
+
+def gradients(micro: list[Batch]) -> dict[str, torch.Tensor]:
+    model = build(ModelConfig(**BASE), torch.float64)
+    kept = {}
+    optimizer = build_optimizer(model, OptimizerConfig())
+    optimizer.register_step_pre_hook(lambda *_: kept.update({n: p.grad.clone() for n, p in model.named_parameters()}))
+    config = TrainConfig(optimizer=OptimizerConfig(clip=0))
+    train_step(model, optimizer, micro, next_token, 1e-3, config, CPU, Guard(0), 0)
+    return kept
+
+
+def test_accumulation_equals_one_batch() -> None:
+    """Averages of averages weigh a short row like a long one: the field's most repeated silent bug."""
+    micro = ragged_batches()
+    one = Batch(torch.cat([b.tokens for b in micro]), torch.cat([b.labels for b in micro]), sum(b.n for b in micro))
+    accumulated, whole = gradients(micro), gradients([one])
+    assert len({b.n for b in micro}) == 8
+    for name, gradient in whole.items():
+        assert (accumulated[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
+
+
+def test_a_step_without_trained_positions_is_an_error() -> None:
+    """0/0 is NaN, or a loss of 0.0 that looks like success."""
+    batch = Batch(torch.ones(1, 4, dtype=torch.long), torch.full((1, 4), IGNORE), 0)
+    with pytest.raises(DataError, match="nothing to train"):
+        gradients([batch])
+
+
+def test_resume_is_bit_identical(shards: Path, finished: Path, tmp_path: Path) -> None:
+    """Going on from any checkpoint, mid-epoch or after one, gives the undisturbed run's bits."""
+    assert len(losses(finished)) == 12
+    for stop in (4, 8):
+        copy = tmp_path / f"from-{stop}"
+        subprocess.run(["cp", "-r", finished, copy], check=True)
+        subprocess.run(
+            [
+                "rm",
+                "-rf",
+                copy / "final",
+                *(c for c in copy.glob("checkpoints/*") if c.name != f"step-{stop}"),
+            ],
+            check=True,
+        )
+        resolved = copy / "resolved.yaml"
+        resolved.write_text(resolved.read_text().replace(str(finished), str(copy)))
+        words = {
+            "train.save_every": 4,
+            "train.evaluate_every": 6,
+            "train.keep": 9,
+            "samples.prompts": ["The llama"],
+        }
+        pretrain(copy, shards, **words)
+        assert losses(copy) == losses(finished)
+        for file in (
+            "final/model.safetensors",
+            "checkpoints/step-12/optimizer/model-00001-of-00001.safetensors",
+        ):
+            ours, theirs = load_file(copy / file), load_file(finished / file)
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), file
+
+
+COMMAND = [sys.executable, "-m", "puna", "run", "pretrain", "steps=60", "train.save_every=7", "samples.prompts=[]", "dtype=bf16",
+           "model={preset: cria-2m, dim: 32, n_layers: 2, n_heads: 2, n_kv_heads: 1, head_dim: 16, ffn_dim: 48}",
+           "seq_len=32", "batch_size=2", "train.accumulate=2"]  # fmt: skip
+
+
+def kill_after(command: list[str], metrics: Path, step: int, number: int) -> int:
+    """Start the command, send the signal once `step` is logged, return its exit code."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and not any(r.get("step", 0) >= step for r in Metrics(metrics).read()):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    return process.wait()
+
+
+def test_killed_twice_equals_undisturbed(shards: Path, tmp_path: Path) -> None:
+    """SIGKILL at two random steps, bf16, accumulation: same losses and weights, bit for bit."""
+    straight, killed = ([*COMMAND, f"data={shards}", f"output={tmp_path / name}"] for name in ("straight", "killed"))
+    first, second = sorted(random.sample(range(8, 55), 2))
+    assert kill_after(killed, tmp_path / "killed/metrics.jsonl", first, signal.SIGKILL) == -9
+    assert kill_after(killed, tmp_path / "killed/metrics.jsonl", second, signal.SIGKILL) == -9
+    for command in (straight, killed):
+        assert subprocess.run(command, capture_output=True).returncode == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight"), (first, second)
+    ours, theirs = (load_file(tmp_path / name / "final/model.safetensors") for name in ("killed", "straight"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert subprocess.run(killed, capture_output=True).returncode == 2  # finished: refused
+
+
+def test_sigint_saves_and_goes_on(shards: Path, tmp_path: Path) -> None:
+    """Ctrl-C keeps what is done and says so by its exit code."""
+    command = [
+        *COMMAND,
+        f"data={shards}",
+        f"output={tmp_path / 'run'}",
+        "steps=2000",
+        "train.save_every=2000",
+    ]
+    assert kill_after(command, tmp_path / "run/metrics.jsonl", 3, signal.SIGINT) == 130
+    (checkpoint,) = (tmp_path / "run/checkpoints").glob("step-*")
+    assert int(checkpoint.name[5:]) >= 3
+    assert len(losses(tmp_path / "run")) == int(checkpoint.name[5:])
+
+
+def test_a_damaged_checkpoint_is_passed_over(shards: Path, finished: Path, tmp_path: Path) -> None:
+    """One flipped bit in the newest checkpoint: the one before it is used, and the result is the same."""
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", finished, copy], check=True)
+    subprocess.run(["rm", "-rf", copy / "final"], check=True)
+    (copy / "resolved.yaml").write_text((copy / "resolved.yaml").read_text().replace(str(finished), str(copy)))
+    damaged = copy / "checkpoints/step-12/optimizer/model-00001-of-00001.safetensors"
+    raw = bytearray(damaged.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    damaged.write_bytes(raw)
+    words = {
+        "train.save_every": 4,
+        "train.evaluate_every": 6,
+        "train.keep": 9,
+        "samples.prompts": ["The llama"],
+    }
+    pretrain(copy, shards, **words)
+    assert losses(copy) == losses(finished)
+    assert (copy / "checkpoints/damaged-step-12").exists()
+
+
+def test_another_config_or_a_finished_run_is_refused(shards: Path, finished: Path, tmp_path: Path) -> None:
+    """A second run on a folder would mix two runs."""
+    with pytest.raises(UsageError, match="finished"):
+        pretrain(finished, shards)
+    subprocess.run(["cp", "-r", finished, tmp_path / "run"], check=True)
+    subprocess.run(["rm", "-rf", tmp_path / "run/final"], check=True)
+    with pytest.raises(UsageError, match=r"train\.optimizer\.lr: 0\.01 -> 0\.5"):
+        pretrain(tmp_path / "run", shards, **{"train.optimizer.lr": 0.5})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match="holds no run"):
+        pretrain(tmp_path / "other", shards)
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fills while the second checkpoint is written: the first stays whole, exit code 6."""
+    from puna.checkpoint import train_state
+
+    real, calls = train_state._write, []
+
+    def write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        calls.append(folder)
+        if len(calls) == 2:
+            folder.mkdir()
+            (folder / "half").write_bytes(b"x" * 1000)
+            raise OSError(28, "No space left on device")
+        real(folder, tensors)
+
+    monkeypatch.setattr(train_state, "_write", write)
+    with pytest.raises(ResourceError) as error:
+        pretrain(tmp_path / "run", shards, **{"train.save_every": 5})
+    assert error.value.exit_code == 6
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-5"]
+    monkeypatch.undo()
+    pretrain(tmp_path / "run", shards, **{"train.save_every": 5})
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_non_finite_steps_change_nothing(poison: float) -> None:
+    """One NaN in the weights ends a run that looks alive for hours."""
+    model = build(ModelConfig(**BASE))
+    optimizer = build_optimizer(model, OptimizerConfig())
+    before = {n: p.clone() for n, p in model.named_parameters()}
+
+    def poisoned(model: Any, batch: Batch) -> Loss:
+        return Loss(next_token(model, batch).sum * poison, {})
+
+    guard = Guard(2)
+    for _ in range(2):
+        train_step(model, optimizer, ragged_batches(), poisoned, 1e-3, TrainConfig(), CPU, guard, 0)
+    assert guard.skipped == 2
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    with pytest.raises(NumericError) as error:
+        train_step(model, optimizer, ragged_batches(), poisoned, 1e-3, TrainConfig(), CPU, guard, 0, {"epoch": 0})
+    assert error.value.exit_code == 5
+
+
+def test_learning_rate_golden_values() -> None:
+    """Llama 3 405B's published schedule: 8e-5 peak, 8,000 steps of warm-up, cosine to 8e-7 at 1.2 M."""
+    config = OptimizerConfig(lr=8e-5, warmup_steps=8000, final_lr=0.01)
+    golden = {
+        0: 1e-8,
+        3999: 4e-5,
+        7999: 8e-5,
+        100_000: 7.88416e-5,
+        300_000: 6.88407e-5,
+        604_000: 4.04e-5,
+        1_000_000: 6.17518e-6,
+    }
+    for step, expected in golden.items():
+        assert learning_rate(step, 1_200_000, config) == pytest.approx(expected, rel=1e-5)
+
+
+def test_norms_do_not_decay() -> None:
+    """Weight decay on norm weights shrinks the residual stream."""
+    model = build(ModelConfig(**BASE))
+    decayed, kept = build_optimizer(model, OptimizerConfig()).param_groups
+    assert all(p.ndim == 2 for p in decayed["params"])
+    assert (kept["weight_decay"], len(kept["params"])) == (0.0, 2 * 2 + 1)
+
+
+def test_the_steps_of_a_time_budget_are_stored(shards: Path, tmp_path: Path) -> None:
+    """Measured once; a resumed run that measured again would have another schedule."""
+    folder = pretrain(tmp_path / "run", shards, seconds=1.5)
+    plan = __import__("json").loads((folder / "measured.json").read_text())["plan"]
+    assert len(losses(folder)) == plan["steps"] >= 10
+    subprocess.run(["rm", "-rf", folder / "final"], check=True)
+    pretrain(folder, shards, seconds=1.5)
+    assert len(losses(folder)) == plan["steps"]
+
+
+def test_the_probe_leaves_no_trace(shards: Path, tmp_path: Path) -> None:
+    """A run with a measured number of steps starts from the same weights and data as one told that number."""
+    measured = pretrain(tmp_path / "measured", shards, seconds=1.5)
+    told = pretrain(tmp_path / "told", shards, steps=len(losses(measured)))
+    assert losses(measured) == losses(told)
+
+
+def test_loss_falls_and_bits_per_byte_is_exact(shards: Path, finished: Path) -> None:
+    """Bits per byte against a token-by-token computation; a window dropped or a byte miscounted is a better score."""
+    assert losses(finished)[-1][1] < losses(finished)[0][1] - 0.5
+    llama = puna.load(finished, dtype="fp32")
+    valid = Shards(shards, "valid")
+    ids = valid.read(0, valid.tokens)
+    nats = 0.0
+    for start in range(0, valid.tokens - 1, 32):
+        window = torch.from_numpy(ids[start : start + 33])
+        logits = llama.logits(window[None, :-1])[0].double()
+        nats -= logits.log_softmax(-1).gather(1, window[1:, None]).sum().item()
+    expected = nats / 0.6931471805599453 / valid.bytes
+    assert bits_per_byte(llama.model, valid, 32, 5) == pytest.approx(expected, rel=1e-5)
+    assert bits_per_byte(llama.model, valid, 32, 5, max_windows=40) == pytest.approx(expected, rel=0.1)
+
+
+def test_transformers_opens_the_directory(finished: Path, shape: ModelConfig, tmp_path: Path) -> None:
+    """What we write must be the model others load: same logits, same tokenizer, stop ids."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(finished / "final"), dtype=torch.float32)
+    ours = puna.load(finished, dtype="fp32")
+    tokens = torch.randint(0, 600, (2, 30), generator=torch.Generator().manual_seed(0))
+    assert (theirs(tokens).logits - ours.logits(tokens)).abs().max() < 1e-5
+    assert theirs.generation_config.eos_token_id == ours.tokenizer.stop_ids
+    scaled = Llama(build(shape), ours.tokenizer, finished)  # GQA, RoPE scaling, tied: through the config file
+    scaled.save(tmp_path / "scaled", dtype="fp32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "scaled"), dtype=torch.float32)
+    tokens = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(0))
+    assert (theirs(tokens).logits - scaled.logits(tokens)).abs().max() < 1e-5
+
+
+def test_transformers_directories_load(tmp_path: Path, finished: Path) -> None:
+    """New (`rope_parameters`) and sharded directories, as transformers writes them today."""
+    model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(str(finished / "final")))
+    model.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    ours = load_model(tmp_path / "hf", torch.float32, CPU)
+    tokens = torch.arange(20)[None]
+    assert (model(tokens).logits - ours(tokens)).abs().max() < 1e-5
+
+
+def test_a_directory_that_does_not_fit_is_refused(finished: Path, tmp_path: Path) -> None:
+    """A silent partial load trains or serves random weights; everything wrong is listed."""
+    subprocess.run(["cp", "-r", finished / "final", tmp_path / "m"], check=True)
+    config = tmp_path / "m/config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(CheckpointError, match=r"missing layers\.2\.self_attn\.q_proj"):
+        puna.load(tmp_path / "m")
+    config.write_text(config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 1'))
+    with pytest.raises(CheckpointError, match=r"unexpected layers\.1\.mlp"):
+        puna.load(tmp_path / "m")
+    (tmp_path / "m/model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    with pytest.raises(CheckpointError):
+        puna.load(tmp_path / "m")
+
+
+def test_python_api(finished: Path, tmp_path: Path) -> None:
+    """load, logits, generate, save: the documented names."""
+    llama = puna.load(finished, dtype="fp32")
+    assert llama.logits([[1, 2, 3]]).shape == (1, 3, 600)
+    text = llama.generate("The llama", max_tokens=5)
+    assert text == llama.generate(["The llama", "A"], max_tokens=5)[0]
+    assert llama.generate("The", max_tokens=5, temperature=1.0, seed=1) == llama.generate(
+        "The", max_tokens=5, temperature=1.0, seed=1
+    )
+    llama.save(tmp_path / "copy", dtype="fp32")
+    assert puna.load(tmp_path / "copy", dtype="fp32").generate("The llama", max_tokens=5) == text
+    assert os.listdir(tmp_path) == ["copy"]
