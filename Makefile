@@ -26,12 +26,14 @@ clean:
 	rm -rf .venv build *.egg-info puna-quickstart
 
 .venv/core: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("puna needs Python 3.11 or newer; this is %d.%d" % sys.version_info[:2])'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install --quiet $(INDEX) '$(TORCH)'
-	$(PIP) install --quiet --constraint constraints.txt --editable .
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("puna needs Python 3.11 or newer; this is %d.%d" % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing $(TORCH) and puna into .venv (some minutes on a slow line)"
+	@$(PIP) install --quiet $(INDEX) '$(TORCH)'
+	@$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
 
 .venv/dev: .venv/core
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "installing the development tools into .venv"
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -256,7 +256,7 @@ def test_non_finite_steps_change_nothing(poison: float) -> None:
 
 def test_learning_rate_golden_values() -> None:
     """Llama 3 405B's published schedule: 8e-5 peak, 8,000 steps of warm-up, cosine to 8e-7 at 1.2 M."""
-    config = OptimizerConfig(lr=8e-5, warmup_steps=8000, final_lr=0.01)
+    config = OptimizerConfig(warmup_steps=8000, final_lr=0.01)
     golden = {
         0: 1e-8,
         3999: 4e-5,
@@ -267,7 +267,7 @@ def test_learning_rate_golden_values() -> None:
         1_000_000: 6.17518e-6,
     }
     for step, expected in golden.items():
-        assert learning_rate(step, 1_200_000, config) == pytest.approx(expected, rel=1e-5)
+        assert learning_rate(step, 1_200_000, 8e-5, config) == pytest.approx(expected, rel=1e-5)
 
 
 def test_norms_do_not_decay() -> None:
