@@ -74,7 +74,7 @@ def read_yaml(file: Path) -> Any:
         tree = YAML(typ="rt").load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError("no such config file", where=file, fix="puna ls configs") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read as a config: {error}", where=file) from None
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -158,20 +158,28 @@ def _problem(kind: type[Config], error: Any, file: Path | None, tree: Any, said:
     where = _where(keys, file, tree, said)
     if error["type"] == "extra_forbidden":
         level, everywhere = _valid_keys(kind, keys[:-1]), _all_keys(kind)
-        hint = nearest(str(keys[-1]), level)
-        if not hint:  # the right word on the wrong level: `lr` for `train.lr`
-            same = [k for k in everywhere if k.split(".")[-1] == keys[-1]]
-            hint = f"; did you mean `{same[0]}`?" if same else nearest(name, everywhere)
-        elif len(keys) > 1:
+        same = [k for k in everywhere if k.split(".")[-1] == keys[-1]]
+        hint = f"; did you mean `{same[0]}`?" if same else nearest(str(keys[-1]), level)
+        if not hint:
+            hint = nearest(name, everywhere)
+        elif not same and len(keys) > 1:
             hint = hint.replace("`", f"`{'.'.join(map(str, keys[:-1]))}.", 1)
         return f"{where}unknown key `{name}`{hint}\n  valid here: {', '.join(level)}"
     if error["type"] == "missing":
+        if isinstance(keys[-1], int):
+            return f"{where}`{'.'.join(map(str, keys[:-1]))}` has too few values ({keys[-1]})"
         return f"{where}`{name}` is missing; add it to the config or type {name}=..."
     if error["type"] == "literal_error":
         choices = [c.strip("'") for c in error["ctx"]["expected"].replace(" or ", ", ").split(", ")]
         return f"{where}`{name}` is {error['input']!r}; it must be one of {', '.join(choices)}" + nearest(
             str(error["input"]), choices
         )
+    if error["type"] == "model_type":
+        return f"{where}`{name}` is a section, not {error['input']!r}\n  keys: {', '.join(_valid_keys(kind, keys))}"
+    if error["type"] in ("path_type", "string_type") and error["input"] is not None:
+        return f"{where}`{name}` is text; YAML reads {str(error['input'])!r} as something else: put it in quotes"
+    if error["type"] == "list_type" and isinstance(error["input"], str):
+        return f"{where}`{name}` is a list; type {name}=[{error['input']}]"
     message = error["msg"].removeprefix("Value error, ")
     return f"{where}`{name}`: {message[:1].lower()}{message[1:]} (got {error['input']!r})"
 
@@ -180,6 +188,10 @@ def _where(keys: Keys, file: Path | None, tree: Any, said: Mapping[Keys, str]) -
     for end in range(len(keys), 0, -1):
         if keys[:end] in said:
             return f"{said[keys[:end]]}: "
+    if not _in_file(keys, tree):  # `optimiser` came in by the word `train.optimiser.lr=1`
+        for said_keys, word in said.items():
+            if said_keys[: len(keys)] == keys:
+                return f"{word}: "
     if file is None:
         return ""
     line = 1
@@ -190,6 +202,12 @@ def _where(keys: Keys, file: Path | None, tree: Any, said: Mapping[Keys, str]) -
         except (AttributeError, KeyError, IndexError, TypeError):
             break
     return f"{file}:{line}: "
+
+
+def _in_file(keys: Keys, tree: Any) -> bool:
+    for key in keys[:-1]:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return isinstance(tree, Mapping) and keys[-1] in tree
 
 
 def _submodel(annotation: Any) -> type[Config] | None:
@@ -215,5 +233,5 @@ def _all_keys(kind: type[Config], prefix: str = "") -> list[str]:
     names = []
     for key, field in kind.model_fields.items():
         inner = _submodel(field.annotation)
-        names += _all_keys(inner, f"{prefix}{key}.") if inner else [f"{prefix}{key}"]
+        names += [f"{prefix}{key}", *(_all_keys(inner, f"{prefix}{key}.") if inner else [])]
     return names

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any
 from puna.errors import CheckpointError, ResourceError, UsageError
 
 MANIFEST = "MANIFEST.json"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+MARK = f".puna-tmp-{platform.node()}-"  # a shared disk has the processes of other machines on it
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextlib.contextmanager
@@ -34,13 +36,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     with _disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent)
-        temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+        temporary = temporary_name(target)
+        shutil.rmtree(temporary, ignore_errors=True)  # a crashed start with our number: containers
         temporary.mkdir()
         try:
             yield temporary
+            for path in temporary.rglob("*"):
+                _fsync(path)
             write_json(temporary / MANIFEST, {"format": 1, "files": _hash_tree(temporary)})
-            for folder in {temporary, *(p for p in temporary.rglob("*") if p.is_dir())}:
-                _fsync(folder)
+            _fsync(temporary)
             temporary.rename(target)
             _fsync(target.parent)
         except BaseException:
@@ -51,7 +55,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Replace `path` with `text`: it holds the old or the new content at any moment."""
     with _disk_errors(path):
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        temporary = temporary_name(path)
         try:
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -75,9 +79,12 @@ def verify(folder: Path) -> None:
         CheckpointError: naming each file that is missing, changed or unexpected.
     """
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version, listed = manifest["format"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"no readable {MANIFEST}", where=folder, cause="the folder is not complete") from None
+    if version != 1:
+        raise CheckpointError(f"{MANIFEST} has format {version}", where=folder, cause="damage, or a newer puna")
     found = _hash_tree(folder)
     wrong = [f"{n}: missing" for n in listed if n not in found]
     wrong += [f"{n}: not in the manifest" for n in found if n not in listed]
@@ -92,9 +99,9 @@ def hash_file(path: Path) -> str:
 
 
 def sweep(parent: Path) -> None:
-    """Remove temporary files and folders of processes that are gone."""
-    for left in parent.glob(".*.tmp-*"):
-        owner = left.name.rpartition("-")[2]
+    """Remove temporary files and folders of processes of this machine that are gone."""
+    for left in parent.glob(f".*{MARK}*"):
+        owner = left.name.rpartition(MARK)[2]
         if owner.isdigit() and not _alive(int(owner)):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
@@ -141,7 +148,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if (isinstance(error, OSError) and error.errno in _FULL) or "No space left" in str(error):
+        if (isinstance(error, OSError) and error.errno in DISK_FULL) or "No space left" in str(error):
             raise ResourceError(
                 "the disk is full; what was there before is untouched",
                 where=target,
@@ -151,9 +158,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
 
 
 def _hash_tree(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    for path in files:
-        _fsync(path)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "hash": hash_file(p)} for p in files}
 
 
@@ -163,6 +168,11 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def temporary_name(target: Path) -> Path:
+    """Where `target` is written before it is renamed: hidden, and telling which process of which machine owns it."""
+    return target.with_name(f".{target.name}{MARK}{os.getpid()}")
 
 
 def _alive(process: int) -> bool:

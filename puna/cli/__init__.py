@@ -2,11 +2,13 @@
 
 import os
 import sys
+import traceback
 
 import typer
 
 from puna.cli import configs, look, models, quickstart
 from puna.errors import PunaError
+from puna.files import DISK_FULL
 from puna.log import setup_logging
 
 app = typer.Typer(
@@ -35,13 +37,15 @@ def options(
 def main() -> None:
     """Run the command line; every expected error becomes a few lines and its exit code."""
     words = sys.argv[1:]
-    front = [w for w in words if w in _GLOBAL]  # -v and -q mean the same before and after the verb
+    end = words.index("--") if "--" in words else len(words)  # what follows `--` is text
+    front = [w for w in words[:end] if w in _GLOBAL]  # -v and -q mean the same before and after the verb
     verbose = not {"-v", "--verbose"}.isdisjoint(front)
     try:
-        app([*front, *(w for w in words if w not in _GLOBAL)])
+        app([*front, *(w for w in words[:end] if w not in _GLOBAL), *words[end:]])
     except PunaError as error:
         if verbose:
-            raise
+            traceback.print_exc()
+            sys.exit(error.exit_code)
         _fail(f"puna: {error}", error.exit_code)
     except KeyboardInterrupt:
         _fail("puna: stopped at once", 130)
@@ -51,6 +55,8 @@ def main() -> None:
     except MemoryError:
         _fail("puna: out of memory\n  try: a smaller batch_size, seq_len or model", 6)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            _fail(f"puna: the disk is full: {error}\n  try: free some space and run it again", 6)
         if verbose:
             raise
         what = f"puna: unexpected {type(error).__name__}: {error}"

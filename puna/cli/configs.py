@@ -1,6 +1,5 @@
 """Recipes and their configs: run, ls, cat, cp, validate, schema."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +8,7 @@ import typer
 from puna.cli.output import Json, print_json, print_rows
 from puna.config import nearest, to_yaml
 from puna.errors import UsageError
+from puna.files import write_text
 from puna.recipes import CONFIGS, RECIPES, config_file, config_type, load, recipe_of
 from puna.recipes import run as run_recipe
 
@@ -68,11 +68,13 @@ def cat(config: ConfigName) -> None:
 
 def cp(config: ConfigName, file: Annotated[Path, typer.Argument(help="Where to write it.")]) -> None:
     """Copy a config to a file of your own."""
+    file = file / Path(config).name if file.is_dir() else file
     target = file if file.suffix in (".yaml", ".yml") else file.with_name(file.name + ".yaml")
     if target.exists():
         raise UsageError("exists already", where=target, fix="another file name")
+    source = config_file(config)
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(config_file(config), target)
+    write_text(target, source.read_text(encoding="utf-8"))
     print(target)
 
 

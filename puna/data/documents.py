@@ -4,10 +4,13 @@ import fnmatch
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from pydantic import Field
 
 from puna.config import Config
 from puna.data.packages import read_package
@@ -15,6 +18,7 @@ from puna.errors import DataError, UsageError
 from puna.log import log
 
 Split = Literal["train", "valid"]
+_SEARCH = 10_000  # characters before the cut in which a line end is looked for
 _LONG = 200_000  # characters; a longer document gives its tail to validation instead of going whole
 _TEXT, _ROWS = (".txt", ".md", ".text"), (".jsonl", ".ndjson")
 SUFFIXES = (*_TEXT, *_ROWS, *(f"{s}.gz" for s in (*_TEXT, *_ROWS)), ".parquet")
@@ -33,7 +37,7 @@ class SourceConfig(Config):
     """What to do with a row or file that cannot be read. Skipped ones are counted and said."""
     hold_out: list[str] = []
     """Document names (shell patterns) that are validation and never training, for example "*winters_tale*"."""
-    valid_fraction: float = 0.01
+    valid_fraction: float = Field(0.01, ge=0, lt=1)
     """Without hold_out: the share of text for validation; short documents whole, by hash, of long ones the tail."""
 
 
@@ -81,7 +85,8 @@ def split_documents(documents: Iterator[Document], config: SourceConfig) -> Iter
 def _split_by_share(document: Document, share: float) -> Iterator[tuple[Split, Document]]:
     text = document.text
     if len(text) > _LONG and share > 0:
-        cut = text.rfind("\n", 0, int(len(text) * (1 - share))) + 1 or int(len(text) * (1 - share))
+        want = int(len(text) * (1 - share))
+        cut = text.rfind("\n", max(0, want - _SEARCH), want) + 1 or want
         yield "train", Document(document.name, text[:cut])
         yield "valid", Document(f"{document.name} (tail)", text[cut:])
     else:
@@ -93,8 +98,8 @@ def _split_by_share(document: Document, share: float) -> Iterator[tuple[Split, D
 def _read_path(path: Path, config: SourceConfig) -> Iterator[Document]:
     if not path.exists():
         raise DataError("no such file or folder", where=path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _readable(p))
-    if not files or not _readable(files[0]):
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _readable(p, path))
+    if not files or not files[0].name.lower().endswith(SUFFIXES):
         raise DataError("no text here", where=path, cause=f"puna reads {', '.join(SUFFIXES)}")
     skipped = 0
     for file in files:
@@ -112,8 +117,9 @@ def _read_path(path: Path, config: SourceConfig) -> Iterator[Document]:
         log.warning("skipped %d rows or files that could not be read", skipped)
 
 
-def _readable(file: Path) -> bool:
-    return file.name.lower().endswith(SUFFIXES) and not file.name.startswith(".")
+def _readable(file: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return file.name.lower().endswith(SUFFIXES) and not hidden
 
 
 def _read_file(file: Path, name: str, field: str) -> Iterator[Document | DataError]:
@@ -125,10 +131,11 @@ def _read_file(file: Path, name: str, field: str) -> Iterator[Document | DataErr
     try:
         if kind.endswith(_ROWS):
             for number, line in lines:
-                yield _read_row(line, f"{file}:{number}", f"{name}:{number}", field)
+                if line.strip():
+                    yield _read_row(line, f"{file}:{number}", f"{name}:{number}", field)
         else:
             yield _decode(b"".join(line for _, line in lines), file, name)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         yield DataError(f"cannot be read: {error}", where=file, cause="a damaged or unreadable file")
 
 
@@ -153,7 +160,9 @@ def _read_row(line: bytes, where: str, name: str, field: str) -> Document | Data
     fix = "mend the row, or sources.on_bad=skip"
     try:
         row = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError is one
+    except json.JSONDecodeError as error:
+        return DataError(f"not a JSON row: {error.msg} at character {error.pos + 1}", where=where, fix=fix)
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number without end, a thousand brackets
         return DataError(f"not a JSON row: {error}", where=where, fix=fix)
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -162,6 +171,10 @@ def _read_row(line: bytes, where: str, name: str, field: str) -> Document | Data
             where=where,
             fix=f"sources.text_field=NAME, or {fix}",
         )
+    try:
+        row[field].encode()
+    except UnicodeEncodeError as error:
+        return DataError(f"half a surrogate pair in field `{field}`: {error.reason}", where=where, fix=fix)
     return Document(name, row[field])
 
 
@@ -170,7 +183,7 @@ def _read_parquet(file: Path, name: str, field: str) -> Iterator[Document | Data
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
         if field not in table.schema_arrow.names:
             yield DataError(
                 f"no column `{field}` (found: {', '.join(table.schema_arrow.names)})",
@@ -186,5 +199,7 @@ def _read_parquet(file: Path, name: str, field: str) -> Iterator[Document | Data
                     yield Document(f"{name}:{row}", value)
                 else:
                     yield DataError(f"row {row} of column `{field}` is no text", where=file, fix="sources.on_bad=skip")
+    except UnicodeDecodeError as error:
+        yield DataError(f"column `{field}` is not UTF-8 near row {row + 1}: {error}", where=file)
     except (pyarrow.ArrowException, OSError) as error:
         yield DataError(f"cannot be read as Parquet: {error}", where=file)

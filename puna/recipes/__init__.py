@@ -37,8 +37,10 @@ def config_file(name: str) -> Path:
     """
     if name in CONFIGS:
         return Path(str(resources.files("puna") / "configs" / f"{name}.yaml"))
-    if Path(name).suffix in (".yaml", ".yml") or Path(name).exists():
+    if Path(name).is_file():
         return Path(name)
+    if Path(name).suffix in (".yaml", ".yml"):
+        raise UsageError("no such config file", where=name, fix="puna ls configs")
     raise UsageError(f"no config `{name}`" + nearest(name, list(CONFIGS)), fix="puna ls configs, or a .yaml file")
 
 
@@ -59,7 +61,7 @@ def load(recipe: str, config: str | Path | None = None, words: Sequence[str] = (
     if recipe not in RECIPES:
         raise UsageError(f"no recipe `{recipe}`" + nearest(recipe, list(RECIPES)), fix="puna ls recipes")
     file = config_file(str(config)) if config is not None else None
-    if file is not None and (named := read_yaml(file).get("recipe", recipe)) != recipe:
+    if file is not None and "recipe" in read_yaml(file) and (named := recipe_of(file)) != recipe:
         raise UsageError(
             f"this config is for the recipe `{named}`, not `{recipe}`",
             where=file,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 
 from puna.checkpoint.model_directory import save_model
 from puna.config import Config as BaseConfig
@@ -45,11 +46,11 @@ class Config(RecipeConfig):
     """A shard folder made by the data recipe; its tokenizer comes with it."""
     model: ModelSpec = ModelChoice()
     """A preset (`model=llama3.2-1b`), or a preset with changed values."""
-    seq_len: int = 256
-    batch_size: int = 8
+    seq_len: PositiveInt = 256
+    batch_size: PositiveInt = 8
     """Rows of seq_len tokens in a micro-batch: more is faster and takes more memory."""
-    steps: int = 1000
-    seconds: float | None = None
+    steps: PositiveInt = 1000
+    seconds: PositiveFloat | None = None
     """Instead of steps: ten are measured and `steps` is set so that training takes at most this long, once."""
     save_dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
     """What the weights of the written model are stored in; the train state keeps fp32."""

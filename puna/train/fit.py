@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+from pydantic import PositiveInt
 from torch import nn
 
 from puna.checkpoint.train_state import (
@@ -41,7 +42,7 @@ SaveModel = Callable[[Any], None]
 class TrainConfig(Config):
     """How long and how often; the optimizer has its own config."""
 
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Micro-batches a step; the gradient is that of one batch of all of them."""
     evaluate_every: int | None = None
     """Steps between validations; null: five times in the run."""

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from pydantic import NonNegativeFloat
 from torch import nn
 
 from puna.config import Config
@@ -11,7 +12,7 @@ from puna.config import Config
 class OptimizerConfig(Config):
     """AdamW with the values of LLaMA 1 and 2, and their schedule: linear warm-up, cosine to a tenth."""
 
-    lr: float | None = None
+    lr: NonNegativeFloat | None = None
     """Peak learning rate; higher learns faster until it diverges. null: 1.2 / dim, see `peak_rate`."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -36,9 +37,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=True
-    )
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, config: OptimizerConfig) -> float:
