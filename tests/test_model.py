@@ -30,7 +30,8 @@ CASES = {
     "llama3 mqa": {"n_kv_heads": 1, "rope_theta": 500000.0},
     "llama3.1 scaling 8": {"n_kv_heads": 2, "rope_theta": 500000.0, "rope_scaling": RopeScaling(factor=8, **SCALING)},
     "llama3.2 tied, scaling 32": {
-        "n_kv_heads": 2, "tie_embeddings": True, "rope_theta": 500000.0, "rope_scaling": RopeScaling(factor=32, **SCALING),
+        "n_kv_heads": 2, "tie_embeddings": True, "rope_theta": 500000.0,
+        "rope_scaling": RopeScaling(factor=32, **SCALING),
     },
     "explicit head_dim": {"head_dim": 16, "n_kv_heads": 2, "tie_embeddings": True},
 }  # fmt: skip
@@ -92,7 +93,8 @@ def test_parameter_counts_equal_the_fact_sheet() -> None:
         "llama-7b": 6738415616, "llama-13b": 13015864320, "llama-33b": 32528943616, "llama-65b": 65285660672,
         "llama2-7b": 6738415616, "llama2-13b": 13015864320, "llama2-34b": 33743970304, "llama2-70b": 68976648192,
         "llama3-8b": 8030261248, "llama3-70b": 70553706496, "llama3.1-8b": 8030261248, "llama3.1-70b": 70553706496,
-        "llama3.1-405b": 405853388800, "llama3.2-1b": 1235814400, "llama3.2-3b": 3212749824, "llama3.3-70b": 70553706496,
+        "llama3.1-405b": 405853388800, "llama3.2-1b": 1235814400, "llama3.2-3b": 3212749824,
+        "llama3.3-70b": 70553706496,
     }  # fmt: skip
     counted = {name: count_parameters(config) for name, config in PRESETS.items()}
     assert {name: counted[name] for name in expected} == expected

@@ -107,7 +107,8 @@ def test_the_special_block_is_llama_3s(bpe: Tokenizer) -> None:
     }
     assert at == {"begin_of_text": 0, "end_of_text": 1, "eom_id": 8, "eot_id": 9}
     assert special_tokens()[2:6] == [
-        "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
+        "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+        "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
     ]  # fmt: skip
     assert special_tokens()[255] == "<|reserved_special_token_247|>"
     assert bpe.stop_ids == [base + 1, base + 9, base + 8]

@@ -1,5 +1,6 @@
 """The loop's promises: the loss denominator, exact resume, guards, checkpoints that others open."""
 
+import json
 import os
 import random
 import signal
@@ -32,8 +33,9 @@ from puna.train.objectives import Loss, next_token
 from puna.train.optim import OptimizerConfig, learning_rate
 
 CPU = torch.device("cpu")
+SMALL = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 48}
 TINY = {
-    "model": {"preset": "cria-2m", "dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 48},
+    "model": SMALL,
     "seq_len": 32, "batch_size": 2, "dtype": "fp32", "train.optimizer.lr": 0.01, "train.optimizer.warmup_steps": 2,
     "samples.prompts": [],
 }  # fmt: skip
@@ -130,9 +132,10 @@ def test_resume_is_bit_identical(shards: Path, finished: Path, tmp_path: Path) -
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs), file
 
 
-COMMAND = [sys.executable, "-m", "puna", "run", "pretrain", "steps=60", "train.save_every=7", "samples.prompts=[]", "dtype=bf16",
-           "model={preset: cria-2m, dim: 32, n_layers: 2, n_heads: 2, n_kv_heads: 1, head_dim: 16, ffn_dim: 48}",
-           "seq_len=32", "batch_size=2", "train.accumulate=2"]  # fmt: skip
+COMMAND = [
+    sys.executable, "-m", "puna", "run", "pretrain", "steps=60", "train.save_every=7", "samples.prompts=[]",
+    f"model={json.dumps(SMALL)}", "dtype=bf16", "seq_len=32", "batch_size=2", "train.accumulate=2",
+]  # fmt: skip
 
 
 def kill_after(command: list[str], metrics: Path, step: int, number: int) -> int:
@@ -256,7 +259,7 @@ def test_non_finite_steps_change_nothing(poison: float) -> None:
 
 def test_learning_rate_golden_values() -> None:
     """Llama 3 405B's published schedule: 8e-5 peak, 8,000 steps of warm-up, cosine to 8e-7 at 1.2 M."""
-    config = OptimizerConfig(warmup_steps=8000, final_lr=0.01)
+    config = OptimizerConfig(lr=8e-5, warmup_steps=8000, final_lr=0.01)
     golden = {
         0: 1e-8,
         3999: 4e-5,
@@ -267,7 +270,7 @@ def test_learning_rate_golden_values() -> None:
         1_000_000: 6.17518e-6,
     }
     for step, expected in golden.items():
-        assert learning_rate(step, 1_200_000, 8e-5, config) == pytest.approx(expected, rel=1e-5)
+        assert learning_rate(step, 1_200_000, config) == pytest.approx(expected, rel=1e-5)
 
 
 def test_norms_do_not_decay() -> None:
@@ -281,7 +284,7 @@ def test_norms_do_not_decay() -> None:
 def test_the_steps_of_a_time_budget_are_stored(shards: Path, tmp_path: Path) -> None:
     """Measured once; a resumed run that measured again would have another schedule."""
     folder = pretrain(tmp_path / "run", shards, seconds=1.5)
-    plan = __import__("json").loads((folder / "measured.json").read_text())["plan"]
+    plan = json.loads((folder / "measured.json").read_text())["plan"]
     assert len(losses(folder)) == plan["steps"] >= 10
     subprocess.run(["rm", "-rf", folder / "final"], check=True)
     pretrain(folder, shards, seconds=1.5)

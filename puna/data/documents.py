@@ -37,7 +37,7 @@ class SourceConfig(Config):
     """What to do with a row or file that cannot be read. Skipped ones are counted and said."""
     hold_out: list[str] = []
     """Document names (shell patterns) that are validation and never training, for example "*winters_tale*"."""
-    valid_fraction: float = Field(0.01, ge=0, lt=1)
+    valid_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Without hold_out: the share of text for validation; short documents whole, by hash, of long ones the tail."""
 
 

@@ -27,6 +27,7 @@ from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.budget import steps_within
 from puna.train.fit import TrainConfig, fit
 from puna.train.objectives import next_token
+from puna.train.optim import with_rate
 
 
 class SampleConfig(BaseConfig):
@@ -69,15 +70,16 @@ def main(config: Config) -> Path:
         tokenizer = Tokenizer(config.data / "tokenizer")
         train, valid = Shards(config.data, "train"), Shards(config.data, "valid")
         model = _model(config, tokenizer, device)
+        training = config.train.model_copy(update={"optimizer": with_rate(config.train.optimizer, model.config.dim)})
         batches = TokenLoader(train, config.seq_len, config.batch_size, config.seed)
         evaluate = partial(_evaluate, run=run, config=config, valid=valid, tokenizer=tokenizer)
         lineage = {"recipe": "pretrain", "data": train.fingerprint, "config": config.model_dump(mode="json")}
         save = partial(save_model, model=model, tokenizer=tokenizer, save_dtype=config.save_dtype, lineage=lineage)
         plan: dict[str, Any] = {"steps": config.steps}
         if config.seconds:
-            measure = partial(steps_within, config.seconds, model, batches, next_token, config.train, evaluate)
+            measure = partial(steps_within, config.seconds, model, batches, next_token, training, evaluate)
             plan = run.once("plan", measure)
-        state = fit(run, model, batches, next_token, config.train, plan["steps"], evaluate, save)
+        state = fit(run, model, batches, next_token, training, plan["steps"], evaluate, save)
         result = {
             "steps": state.step,
             "tokens": state.tokens,

@@ -22,7 +22,7 @@ from puna.log import Progress, log
 from puna.run import Run
 from puna.train.guard import Guard
 from puna.train.objectives import Loss
-from puna.train.optim import OptimizerConfig, build_optimizer, learning_rate, peak_rate
+from puna.train.optim import OptimizerConfig, build_optimizer, learning_rate
 
 
 class BatchSource(Protocol):
@@ -80,8 +80,6 @@ def fit(
     """
     device = next(model.parameters()).device
     optimizer = build_optimizer(model, config.optimizer)
-    peak = config.optimizer.lr or peak_rate(model.config.dim)
-    log.info("peak learning rate: %.2g%s", peak, "" if config.optimizer.lr else " (1.2 / dim)")
     state = TrainState()
     if checkpoint := newest_checkpoint(run):
         state = load_train_state(checkpoint, model, optimizer, batches)
@@ -94,7 +92,7 @@ def fit(
     with Progress("training", steps, state.step) as progress:
         while state.step < steps:
             started = time.perf_counter()
-            lr = learning_rate(state.step, steps, peak, config.optimizer)
+            lr = learning_rate(state.step, steps, config.optimizer)
             position = batches.state_dict()
             micro = [next(batches) for _ in range(config.accumulate)]
             row = train_step(model, optimizer, micro, objective, lr, config, device, guard, state.step, position)

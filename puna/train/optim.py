@@ -7,13 +7,15 @@ from pydantic import NonNegativeFloat
 from torch import nn
 
 from puna.config import Config
+from puna.errors import UsageError
+from puna.log import log
 
 
 class OptimizerConfig(Config):
     """AdamW with the values of LLaMA 1 and 2, and their schedule: linear warm-up, cosine to a tenth."""
 
     lr: NonNegativeFloat | None = None
-    """Peak learning rate; higher learns faster until it diverges. null: 1.2 / dim, see `peak_rate`."""
+    """Peak learning rate; higher learns faster until it diverges. null: pretraining takes 1.2 / dim."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -25,9 +27,12 @@ class OptimizerConfig(Config):
     """Where the cosine ends, as a share of lr."""
 
 
-def peak_rate(dim: int) -> float:
-    """1.2 / dim: what the papers chose at their widths (3e-4 at 4,096, 1.5e-4 at 8,192, 8e-5 at 16,384)."""
-    return 1.2 / dim
+def with_rate(config: OptimizerConfig, dim: int) -> OptimizerConfig:
+    """Where no rate is given, 1.2 / dim, as the papers chose: 3e-4 at 4,096, 1.5e-4 at 8,192, 8e-5 at 16,384."""
+    if config.lr is not None:
+        return config
+    log.info("peak learning rate: %.2g (1.2 / dim)", 1.2 / dim)
+    return config.model_copy(update={"lr": 1.2 / dim})
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -40,10 +45,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
-def learning_rate(step: int, steps: int, peak: float, config: OptimizerConfig) -> float:
-    """Rate of `step` (from 0) in a run of `steps`: up over warmup_steps, then half a cosine to final_lr x peak."""
+def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Rate of `step` (from 0) in a run of `steps`: up over warmup_steps, then half a cosine to final_lr x lr."""
+    if config.lr is None:
+        raise UsageError("no learning rate", fix="train.optimizer.lr=1e-4")
     warmup = min(config.warmup_steps, steps // 2)
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return config.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return peak * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
