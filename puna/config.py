@@ -8,13 +8,15 @@ import difflib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from puna.errors import UsageError
 
 Keys = tuple[str | int, ...]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+"""A path as people type it: `~` is their home."""
 C = TypeVar("C", bound="Config")
 
 
@@ -22,11 +24,7 @@ class Config(BaseModel):
     """Base of all configs: immutable, unknown keys refused, the string below a field is its documentation."""
 
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
 
 
@@ -35,7 +33,7 @@ class RecipeConfig(Config):
 
     recipe: str
     """Which recipe this file is for; lets `puna validate FILE` know."""
-    output: Path
+    output: UserPath
     """Folder to write. It must not hold something else already."""
     seed: int = 0
     """Initial weights, sample order and generated text follow from it; tokenizer and data draw nothing."""
@@ -45,24 +43,43 @@ class RecipeConfig(Config):
     """auto: cuda, then mps, then cpu; or a torch device such as cuda:1."""
 
 
-def load_config(kind: type[C], file: Path | None = None, words: Sequence[str] = ()) -> C:
-    """Read `file` (YAML), lay the `key=value` words over it and validate.
+def load_config(kind: type[C], file: Path | None = None, given: Mapping[str, Any] | None = None) -> C:
+    """Read `file` (YAML), lay the `given` values over it (dotted keys) and validate.
 
     Raises:
-        UsageError: listing every problem with its file:line or word and the nearest valid key.
+        UsageError: listing every problem with its file:line or `key=value` and the nearest valid key.
     """
     tree = read_yaml(file) if file else {}
     values = _plain(tree)
     said: dict[Keys, str] = {}
-    for word in words:
-        keys, value = _parse_word(word)
+    for key, value in (given or {}).items():
+        keys = tuple(key.split("."))
         _put(values, keys, value)
-        said[keys] = word
+        said[keys] = f"{key}={value}"
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         problems = [_problem(kind, e, file, tree, said) for e in error.errors()]
         raise UsageError("\n".join(problems)) from None
+
+
+def parse_words(words: Sequence[str]) -> dict[str, Any]:
+    """`["train.lr=1e-3"]` -> {"train.lr": "1e-3"}; lists, mappings, quotes and null are YAML, the rest is text."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    given: dict[str, Any] = {}
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not sign or not key:
+            raise UsageError(f"`{word}` is not of the form key=value", fix="for example: steps=100")
+        given[key] = text
+        if text[:1] in ("[", "{", '"', "'") or text in ("null", "~", ""):
+            try:
+                given[key] = _plain(YAML(typ="rt").load(text))
+            except YAMLError:
+                raise UsageError(f"the value of `{word}` is not valid YAML", cause="an open bracket or quote") from None
+    return given
 
 
 def read_yaml(file: Path) -> Any:
@@ -125,23 +142,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _parse_word(word: str) -> tuple[Keys, Any]:
-    """`train.lr=1e-3` -> (("train", "lr"), "1e-3"); lists, mappings, quotes and null are YAML."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    key, sign, text = word.partition("=")
-    if not sign or not key:
-        raise UsageError(f"`{word}` is not of the form key=value", fix="for example: steps=100")
-    value: Any = text
-    if text[:1] in ("[", "{", '"', "'") or text in ("null", "~", ""):
-        try:
-            value = _plain(YAML(typ="rt").load(text))
-        except YAMLError:
-            raise UsageError(f"the value of `{word}` is not valid YAML", cause="an open bracket or quote") from None
-    return tuple(key.split(".")), value
-
-
 def _put(values: dict[str, Any], keys: Keys, value: Any) -> None:
     for key in keys[:-1]:
         inner = values.get(str(key))
@@ -157,7 +157,8 @@ def _problem(kind: type[Config], error: Any, file: Path | None, tree: Any, said:
     name = ".".join(map(str, keys))
     where = _where(keys, file, tree, said)
     if error["type"] == "extra_forbidden":
-        level, everywhere = _valid_keys(kind, keys[:-1]), _all_keys(kind)
+        everywhere = _all_keys(kind)
+        level = _below(everywhere, keys[:-1])
         same = [k for k in everywhere if k.split(".")[-1] == keys[-1]]
         hint = f"; did you mean `{same[0]}`?" if same else nearest(str(keys[-1]), level)
         if not hint:
@@ -175,7 +176,9 @@ def _problem(kind: type[Config], error: Any, file: Path | None, tree: Any, said:
             str(error["input"]), choices
         )
     if error["type"] == "model_type":
-        return f"{where}`{name}` is a section, not {error['input']!r}\n  keys: {', '.join(_valid_keys(kind, keys))}"
+        return (
+            f"{where}`{name}` is a section, not {error['input']!r}\n  keys: {', '.join(_below(_all_keys(kind), keys))}"
+        )
     if error["type"] in ("path_type", "string_type") and error["input"] is not None:
         return f"{where}`{name}` is text; YAML reads {str(error['input'])!r} as something else: put it in quotes"
     if error["type"] == "list_type" and isinstance(error["input"], str):
@@ -219,14 +222,9 @@ def _submodel(annotation: Any) -> type[Config] | None:
     return None
 
 
-def _valid_keys(kind: type[Config], keys: Keys) -> list[str]:
-    for key in keys:
-        field = kind.model_fields.get(str(key))
-        inner = _submodel(field.annotation) if field else None
-        if inner is None:
-            return []
-        kind = inner
-    return list(kind.model_fields)
+def _below(everywhere: Sequence[str], keys: Keys) -> list[str]:
+    parent = ".".join(map(str, keys))
+    return [k.rpartition(".")[2] for k in everywhere if k.rpartition(".")[0] == parent]
 
 
 def _all_keys(kind: type[Config], prefix: str = "") -> list[str]:

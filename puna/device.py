@@ -24,10 +24,12 @@ def choose_device(name: str = "auto") -> "torch.device":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"`{name}` is not a device", fix="device=auto, cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ResourceError(f"there is no {name} here", cause=f"torch sees {torch.cuda.device_count()} CUDA devices")
+        mps = int(torch.backends.mps.is_available())
+        count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": mps}[device.type]
+    except (RuntimeError, KeyError):
+        raise UsageError(f"`{name}` is not a device", fix="device=auto, cpu, cuda, cuda:1 or mps") from None
+    if (device.index or 0) >= count:
+        raise ResourceError(f"there is no {name} here", cause=f"torch sees {count} {device.type} devices")
     return device
 
 

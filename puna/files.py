@@ -33,8 +33,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise UsageError("exists already", where=target, fix="choose another output=..., or remove that folder first")
-    with _disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(target):
+        make_folder(target.parent)
         sweep(target.parent)
         temporary = temporary_name(target)
         shutil.rmtree(temporary, ignore_errors=True)  # a crashed start with our number: containers
@@ -54,7 +54,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` with `text`: it holds the old or the new content at any moment."""
-    with _disk_errors(path):
+    with disk_errors(path):
         temporary = temporary_name(path)
         try:
             with temporary.open("w", encoding="utf-8") as file:
@@ -131,19 +131,25 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def require_space(folder: Path, size: int) -> None:
-    """Refuse before writing when `folder`'s disk has less than 1.1 x `size` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < 1.1 * size:
-        raise ResourceError(
-            f"saving needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free",
-            where=folder,
-            fix="free some space",
-        )
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        UsageError: it cannot be one: a file stands there, or it may not be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise UsageError(
+            f"cannot be a folder: {error.strerror}", where=folder, fix="choose another output=..."
+        ) from None
 
 
 @contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn a full disk into ResourceError."""
     # BaseException: torch's CheckpointException does not derive from Exception.
     try:
         yield
@@ -155,6 +161,17 @@ def _disk_errors(target: Path) -> Iterator[None]:
                 fix="free some space and run it again",
             ) from error
         raise
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Refuse before writing when `folder`'s disk has less than 1.1 x `size` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * size:
+        raise ResourceError(
+            f"saving needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free",
+            where=folder,
+            fix="free some space",
+        )
 
 
 def _hash_tree(folder: Path) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from puna.files import disk_errors, write_text
+
 log = logging.getLogger("puna")
 
 
@@ -29,11 +31,11 @@ class Metrics:
     def rewind(self, step: int) -> None:
         if self.path.exists():
             kept = [row for row in self.read() if row.get("step", 0) <= step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def write(self, **row: Any) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite, ensure_ascii=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
@@ -59,7 +61,7 @@ class Progress:
         self._handlers: list[logging.Handler] = []
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
+        if sys.stderr is not None and sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
             self._start_bar()
         return self
 
@@ -89,13 +91,7 @@ class Progress:
     def _start_bar(self) -> None:
         from rich.console import Console
         from rich.logging import RichHandler
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            SpinnerColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         console = Console(stderr=True)

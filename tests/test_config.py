@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from puna.config import Config, RecipeConfig, differences, load_config, read_yaml, to_yaml
+from puna.config import Config, RecipeConfig, differences, load_config, parse_words, read_yaml, to_yaml
 from puna.errors import UsageError
 from puna.recipes import load
 from puna.recipes.data import Config as DataConfig
@@ -26,18 +26,14 @@ def write(folder: Path, text: str | bytes) -> Path:
 
 def refusal(kind: type[Config], file: Path | None = None, *words: str) -> str:
     with pytest.raises(UsageError) as caught:
-        load_config(kind, file, words)
+        load_config(kind, file, parse_words(words))
     return str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("text", "line", "parts"),
     [
-        (
-            "recipe: pretrain\nstep: 5\n",
-            2,
-            ["unknown key `step`; did you mean `steps`?", "valid here: recipe"],
-        ),
+        ("recipe: pretrain\nstep: 5\n", 2, ["unknown key `step`; did you mean `steps`?", "valid here: recipe"]),
         ("seed: 1\nlr: 3\n", 2, ["unknown key `lr`", "did you mean `train.optimizer.lr`?"]),
         ("train:\n  lr: 3\n", 2, ["unknown key `train.lr`", "did you mean `train.optimizer.lr`?"]),
         ("train:\n  optimizer:\n    lrr: 3\n", 3, ["`train.optimizer.lrr`", "did you mean `train.optimizer.lr`?"]),
@@ -152,7 +148,7 @@ def test_mistakes_in_words(tmp_path: Path, word: str, part: str) -> None:
 def test_precedence(tmp_path: Path) -> None:
     """Command line over file over default; a later word over an earlier one; neighbours stay."""
     file = write(tmp_path, "steps: 7\nbatch_size: 3\ntrain:\n  keep: 5\n  optimizer: {lr: 1.0e-2, clip: 2.0}\n")
-    config = load_config(PretrainConfig, file, ["steps=8", "steps=9", "train.optimizer.lr=1e-4"])
+    config = load_config(PretrainConfig, file, parse_words(["steps=8", "steps=9", "train.optimizer.lr=1e-4"]))
     assert (config.steps, config.batch_size, config.seq_len) == (9, 3, PretrainConfig().seq_len)
     assert (config.train.keep, config.train.optimizer.lr, config.train.optimizer.clip) == (5, 1e-4, 2.0)
     assert config.train.optimizer.weight_decay == PretrainConfig().train.optimizer.weight_decay
@@ -180,7 +176,7 @@ def test_precedence(tmp_path: Path) -> None:
 )
 def test_words(word: str, value: Any) -> None:
     """Words have the types of their fields: a folder called 2024 is no number, 1e-4 is no text."""
-    found: Any = load_config(PretrainConfig, None, [word])
+    found: Any = load_config(PretrainConfig, None, parse_words([word]))
     for key in word.partition("=")[0].split("."):
         found = getattr(found, key)
     assert found == value
@@ -191,9 +187,9 @@ def test_model_by_name(tmp_path: Path) -> None:
     """`model: name` in the file and `model.n_layers=4` as a word are one choice."""
     file = write(tmp_path, "model: llama3.2-1b\n")
     assert load_config(PretrainConfig, file).model.preset == "llama3.2-1b"
-    model = load_config(PretrainConfig, file, ["model.n_layers=4"]).model
+    model = load_config(PretrainConfig, file, parse_words(["model.n_layers=4"])).model
     assert (model.preset, model.n_layers, model.dim) == ("llama3.2-1b", 4, None)
-    assert load_config(PretrainConfig, file, ["model=cria-2m"]).model.preset == "cria-2m"
+    assert load_config(PretrainConfig, file, parse_words(["model=cria-2m"])).model.preset == "cria-2m"
 
 
 def test_unknown_model() -> None:
@@ -219,7 +215,7 @@ def test_empty_and_windows_files(tmp_path: Path, text: bytes) -> None:
 def test_round_trip_of_text(tmp_path: Path, string: str) -> None:
     """A resolved config that reads back as another one refuses to resume its own run."""
     config = load(
-        "pretrain", None, ["seconds=1e-5", "train.optimizer.betas=[0.1, 1e-16]", "model.rope_scaling={factor: 32}"]
+        "pretrain", None, {"seconds": 1e-5, "train.optimizer.betas": [0.1, 1e-16], "model.rope_scaling": {"factor": 32}}
     )
     config = config.model_copy(update={"samples": config.samples.model_copy(update={"prompts": [string, string]})})
     file = write(tmp_path, to_yaml(config))
@@ -229,7 +225,7 @@ def test_round_trip_of_text(tmp_path: Path, string: str) -> None:
 
 def test_round_trip_of_what_was_given() -> None:
     """config.yaml holds what the user gave and nothing else."""
-    config = load_config(DataConfig, None, ["sources.path=2024", "sources.hold_out=['*a*']"])
+    config = load_config(DataConfig, None, parse_words(["sources.path=2024", "sources.hold_out=['*a*']"]))
     given = to_yaml(config, given_only=True)
     assert given.split() == ["sources:", "path:", "'2024'", "hold_out:", "-", "'*a*'"]
 

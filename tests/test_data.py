@@ -142,10 +142,5 @@ def test_interrupted_encoding_leaves_nothing(texts: Path, tokenizer_folder: Path
     (tmp_path / "texts/a.txt").write_text("good")
     (tmp_path / "texts/b.txt").write_bytes(b"\xff\xfe bad")
     with pytest.raises(DataError, match=r"b\.txt:1"):
-        run(
-            "data",
-            output=tmp_path / "out",
-            tokenizer=tokenizer_folder,
-            **{"sources.path": tmp_path / "texts"},
-        )
+        run("data", output=tmp_path / "out", tokenizer=tokenizer_folder, **{"sources.path": tmp_path / "texts"})
     assert [p.name for p in tmp_path.iterdir()] == ["texts"]

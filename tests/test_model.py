@@ -8,8 +8,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from puna.checkpoint.names import from_disk_name, to_hf_config
-from puna.model.config import ModelConfig, RopeScaling
-from puna.model.count import count_parameters
+from puna.model.config import ModelConfig, RopeScaling, count_parameters
 from puna.model.init import build_model, init_weights, materialize
 from puna.model.presets import PRESETS
 from puna.model.transformer import Transformer
@@ -54,8 +53,7 @@ def reference(model: Transformer) -> transformers.LlamaForCausalLM:
     config._attn_implementation = "sdpa"
     theirs = transformers.LlamaForCausalLM(config).to(next(model.parameters()).dtype)
     missing, unexpected = theirs.load_state_dict(
-        {f"model.{n}" if not n.startswith("lm_head") else n: p for n, p in model.state_dict().items()},
-        strict=False,
+        {f"model.{n}" if not n.startswith("lm_head") else n: p for n, p in model.state_dict().items()}, strict=False
     )
     assert not missing
     assert not unexpected
@@ -98,11 +96,7 @@ def test_parameter_counts_equal_the_fact_sheet() -> None:
     }  # fmt: skip
     counted = {name: count_parameters(config) for name, config in PRESETS.items()}
     assert {name: counted[name] for name in expected} == expected
-    for name in (
-        "llama3.1-8b",
-        "llama3.2-1b",
-        "cria-2m",
-    ):  # the formula against the modules, on the meta device
+    for name in ("llama3.1-8b", "llama3.2-1b", "cria-2m"):  # the formula against the modules, on the meta device
         assert sum(p.numel() for p in build_model(PRESETS[name]).parameters()) == counted[name]
 
 

@@ -8,23 +8,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from puna import __version__
-from puna.checkpoint.names import (
-    DTYPES,
-    from_disk_name,
-    from_hf_config,
-    name_problems,
-    to_disk_name,
-    to_hf_config,
-)
+from puna.checkpoint.names import DTYPES, from_disk_name, from_hf_config, name_problems, to_disk_name, to_hf_config
 from puna.errors import CheckpointError
 from puna.files import write_json
 from puna.model.init import build_model, materialize
 from puna.model.transformer import Transformer
 from puna.tokenizer.tokenizer import Tokenizer
 
-_FORMAT = 1
 _SHARD_BYTES = 5_000_000_000
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 _INDEX = "model.safetensors.index.json"
 
 
@@ -45,15 +37,12 @@ def save_model(
         if not (tied and name.startswith("lm_head."))
     }
     _save_tensors(folder, tensors)
-    config = to_hf_config(model.config, dtype, tokenizer.bos_id, [tokenizer.eos_id])
+    config = to_hf_config(model.config, dtype, tokenizer.bos_id, tokenizer.eos_id)
     write_json(folder / "config.json", config)
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.stop_ids, "do_sample": True}
     write_json(folder / "generation_config.json", generation)
     tokenizer.save(folder)
-    write_json(
-        folder / "puna.json",
-        {"format": _FORMAT, "puna": __version__, "tokenizer": tokenizer.fingerprint, **lineage},
-    )
+    write_json(folder / "puna.json", {**lineage, "tokenizer": tokenizer.fingerprint})
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Transformer:
@@ -76,8 +65,11 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Transf
         if name not in found:
             continue
         disk_name, file = found[name]
-        shape = tuple(handles[file].get_slice(disk_name).get_shape())
-        if shape != tuple(target.shape):
+        stored = handles[file].get_slice(disk_name)
+        shape = tuple(stored.get_shape())
+        if stored.get_dtype() not in _FLOATS:
+            problems.append(f"{name} is stored as {stored.get_dtype()}")
+        elif shape != tuple(target.shape):
             problems.append(f"{name} is {shape}, the config says {tuple(target.shape)}")
         elif not problems:
             with torch.no_grad():
@@ -85,6 +77,13 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Transf
     if problems:
         raise CheckpointError("does not fit its config: " + "; ".join(problems), where=folder)
     return model.eval()
+
+
+def read_stop_ids(folder: Path) -> list[int]:
+    """The stop ids of a generation_config.json, if there is one: instruct models list more than EOS."""
+    path = folder / "generation_config.json"
+    listed = read_json(path).get("eos_token_id") if path.exists() else None
+    return listed if isinstance(listed, list) else [] if listed is None else [listed]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -106,14 +105,19 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"damaged: {error}", where=path) from None
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """A run folder's checkpoints, oldest first."""
+    steps = [p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    return sorted(steps, key=lambda p: int(p.name[5:]))
+
+
 def find_model(path: Path) -> Path:
     """The model directory a user means: itself, or a run folder's `final/` or newest checkpoint."""
     if (path / "config.json").exists():
         return path
     if (path / "final" / "config.json").exists():
         return path / "final"
-    steps = sorted((path / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]))
-    if steps:
+    if steps := checkpoints(path):
         return steps[-1]
     raise CheckpointError(
         "no model here" if path.exists() else "no such model", where=path,

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from puna.errors import CheckpointError
 from puna.model.config import ModelConfig, RopeScaling
@@ -40,15 +41,12 @@ def from_disk_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def to_hf_config(config: ModelConfig, dtype: torch.dtype, bos_id: int, eos_ids: list[int]) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig, dtype: torch.dtype, bos_id: int, eos_id: int) -> dict[str, Any]:
     """config.json of a LlamaForCausalLM, with the keys that old and new readers know."""
     values = {disk: getattr(config, ours) for ours, disk in _KEYS.items()}
     scaling = None
     if config.rope_scaling is not None:
-        scaling = {
-            "rope_type": "llama3",
-            **{disk: getattr(config.rope_scaling, ours) for ours, disk in _ROPE.items()},
-        }
+        scaling = {"rope_type": "llama3", **{disk: getattr(config.rope_scaling, ours) for ours, disk in _ROPE.items()}}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -58,7 +56,7 @@ def to_hf_config(config: ModelConfig, dtype: torch.dtype, bos_id: int, eos_ids: 
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": bos_id,
-        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids,
+        "eos_token_id": eos_id,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
     }
@@ -72,8 +70,9 @@ def from_hf_config(values: dict[str, Any], where: object) -> ModelConfig:
     """
     if values.get("model_type") != "llama":
         raise CheckpointError(f"model_type is {values.get('model_type')!r}, puna reads llama", where=where)
-    odd = {k: values[k] for k in ("attention_bias", "mlp_bias") if values.get(k)}
-    odd |= {"hidden_act": values["hidden_act"]} if values.get("hidden_act", "silu") != "silu" else {}
+    plain = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "partial_rotary_factor": 1.0}
+    plain |= {"quantization_config": None}
+    odd = {k: values[k] for k, usual in plain.items() if values.get(k) not in (None, usual)}
     if odd:
         raise CheckpointError(f"not supported: {odd}", where=where)
     missing = [k for k in _KEYS.values() if k not in values and k not in _OPTIONAL]
@@ -83,16 +82,20 @@ def from_hf_config(values: dict[str, Any], where: object) -> ModelConfig:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise CheckpointError(f"RoPE scaling of type {kind!r} is not supported", where=where)
-    heads = values["num_attention_heads"]
-    given = {ours: values[disk] for ours, disk in _KEYS.items() if values.get(disk) is not None}
-    defaults = {
-        "n_kv_heads": heads,
-        "head_dim": values["hidden_size"] // heads,
-        "rope_theta": rope.get("rope_theta", 10000.0),
-        "tie_embeddings": False,
-    }
-    scaling = RopeScaling(**{o: rope[d] for o, d in _ROPE.items() if d in rope}) if kind == "llama3" else None
-    return ModelConfig(**{**defaults, **given, "rope_scaling": scaling})
+    try:
+        heads = values["num_attention_heads"]
+        given = {ours: values[disk] for ours, disk in _KEYS.items() if values.get(disk) is not None}
+        given.setdefault("n_kv_heads", heads)
+        given.setdefault("head_dim", values["hidden_size"] // heads)
+        given.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        given.setdefault("tie_embeddings", False)
+        scaling = RopeScaling(**{o: rope[d] for o, d in _ROPE.items() if d in rope}) if kind == "llama3" else None
+        return ModelConfig(**given, rope_scaling=scaling)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=where) from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"its sizes are not numbers: {error}", where=where) from None
 
 
 def name_problems(wanted: Iterable[str], found: Iterable[str]) -> list[str]:

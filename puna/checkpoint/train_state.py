@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from puna.checkpoint.model_directory import read_json
+from puna.checkpoint.model_directory import checkpoints, read_json
 from puna.errors import CheckpointError
-from puna.files import atomic_folder, require_space, verify, write_json
+from puna.files import atomic_folder, require_space, temporary_name, verify, write_json
 from puna.log import log
-from puna.run import Run
+from puna.run_folder import Run
 
 
 @dataclass
@@ -91,12 +91,14 @@ def load_train_state(
 
 def newest_checkpoint(run: Run) -> Path | None:
     """The newest checkpoint whose files match their manifest; damaged ones are named and passed over."""
-    for folder in sorted(run.checkpoints.glob("step-*"), key=lambda p: int(p.name[5:]), reverse=True):
+    for folder in reversed(checkpoints(run.folder)):
         try:
             verify(folder)
         except CheckpointError as error:
             log.warning("passed over: %s", error)
-            folder.rename(folder.with_name(f"damaged-{folder.name}"))
+            damaged = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(damaged, ignore_errors=True)
+            folder.rename(damaged)
         else:
             return folder
     return None
@@ -104,8 +106,8 @@ def newest_checkpoint(run: Run) -> Path | None:
 
 def prune(run: Run, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints; renamed first, so a crash leaves no half of one."""
-    for folder in sorted(run.checkpoints.glob("step-*"), key=lambda p: int(p.name[5:]))[: -max(1, keep)]:
-        doomed = folder.with_name(f".{folder.name}.trash")
+    for folder in checkpoints(run.folder)[: -max(1, keep)]:
+        doomed = temporary_name(folder)
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 

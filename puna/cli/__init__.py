@@ -1,6 +1,5 @@
 """The command line. Verbs import what they need when they run: help and listings never load torch."""
 
-import os
 import sys
 import traceback
 
@@ -37,21 +36,17 @@ def options(
 def main() -> None:
     """Run the command line; every expected error becomes a few lines and its exit code."""
     words = sys.argv[1:]
-    end = words.index("--") if "--" in words else len(words)  # what follows `--` is text
-    front = [w for w in words[:end] if w in _GLOBAL]  # -v and -q mean the same before and after the verb
+    end = words.index("--") if "--" in words else len(words)  # what follows `--` is text, and so is a prompt
+    front = [w for i, w in enumerate(words[:end]) if w in _GLOBAL and words[i - 1 : i] not in (["-p"], ["--prompt"])]
     verbose = not {"-v", "--verbose"}.isdisjoint(front)
     try:
-        app([*front, *(w for w in words[:end] if w not in _GLOBAL), *words[end:]])
+        # -v and -q mean the same before and after the verb
+        app([*front, *(w for w in words[:end] if w not in front), *words[end:]])
     except PunaError as error:
         if verbose:
             traceback.print_exc()
             sys.exit(error.exit_code)
         _fail(f"puna: {error}", error.exit_code)
-    except KeyboardInterrupt:
-        _fail("puna: stopped at once", 130)
-    except BrokenPipeError:  # `puna ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except MemoryError:
         _fail("puna: out of memory\n  try: a smaller batch_size, seq_len or model", 6)
     except Exception as error:

@@ -6,15 +6,14 @@ from typing import Annotated, Any
 import typer
 
 from puna.cli.output import Json, print_json, print_rows
-from puna.config import nearest, to_yaml
+from puna.config import nearest, parse_words, to_yaml
 from puna.errors import UsageError
 from puna.files import write_text
 from puna.recipes import CONFIGS, RECIPES, config_file, config_type, load, recipe_of
 from puna.recipes import run as run_recipe
 
 Words = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Values over the config's.", show_default=False),
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the config's.", show_default=False)
 ]
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A name of `puna ls configs`, or a YAML file.")]
 
@@ -30,7 +29,7 @@ def run(
     config: Annotated[str | None, typer.Option("--config", "-c", help="A shipped config or a YAML file.")] = None,
 ) -> None:
     """Run a recipe: puna run pretrain --config quickstart/pretrain seconds=60"""
-    settings = load(recipe, config, words or [])
+    settings = load(recipe, config, parse_words(words or []))
     run_recipe(recipe, settings)
 
 
@@ -80,13 +79,11 @@ def cp(config: ConfigName, file: Annotated[Path, typer.Argument(help="Where to w
 
 def validate(config: ConfigName, words: Words = None) -> None:
     """Check a config and print every value it resolves to."""
-    settings = load(recipe_of(config_file(config)), config, words or [])
+    settings = load(recipe_of(config_file(config)), config, parse_words(words or []))
     print(to_yaml(settings), end="")
 
 
-def schema(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name of `puna ls recipes`.")],
-) -> None:
+def schema(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name of `puna ls recipes`.")]) -> None:
     """Print a recipe's JSON Schema, for editors."""
     if recipe not in RECIPES:
         raise UsageError(f"no recipe `{recipe}`" + nearest(recipe, list(RECIPES)), fix="puna ls recipes")
@@ -94,7 +91,7 @@ def schema(
 
 
 def _models() -> list[dict[str, Any]]:
-    from puna.model.count import count_parameters
+    from puna.model.config import count_parameters
     from puna.model.presets import PRESETS
 
     rows = []

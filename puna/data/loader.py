@@ -1,14 +1,28 @@
 """Batches of packed text. The order is a pure function of (seed, epoch, data), so the position is two integers."""
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from puna.data.batch import Batch
 from puna.data.shards import Shards
 from puna.errors import DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens with the label of every position."""
+
+    tokens: Tensor  # (B, T) int64
+    labels: Tensor  # (B, T) int64: the next token, IGNORE where nothing is trained
+    n: int
+    """Trained tokens. `fit` divides the step's loss by the sum of these over micro-batches and ranks."""
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.tokens.to(device), self.labels.to(device), self.n)
 
 
 class TokenLoader:

@@ -16,6 +16,7 @@ import numpy as np
 
 from puna.errors import DataError
 from puna.files import hash_file, write_json
+from puna.log import log
 
 _FORMAT = 1
 INDEX = "index.json"
@@ -54,10 +55,7 @@ class ShardWriter:
         self._end()
         stem = self.folder / f"{self.split}-{len(self._shards):05}"
         self._offsets = [0]
-        self._open = [
-            stem.with_suffix(".bin").open("wb"),
-            stem.with_suffix(".docs.jsonl").open("w", encoding="utf-8"),
-        ]
+        self._open = [stem.with_suffix(".bin").open("wb"), stem.with_suffix(".docs.jsonl").open("w", encoding="utf-8")]
 
     def _end(self) -> None:
         if not self._open:
@@ -68,12 +66,7 @@ class ShardWriter:
         np.asarray(self._offsets, dtype="<i8").tofile(stem.with_suffix(".offsets"))
         digest = hash_file(stem.with_suffix(".bin"))
         self._shards.append(
-            {
-                "name": stem.name,
-                "tokens": self._offsets[-1],
-                "documents": len(self._offsets) - 1,
-                "hash": digest,
-            }
+            {"name": stem.name, "tokens": self._offsets[-1], "documents": len(self._offsets) - 1, "hash": digest}
         )
         self._open = []
 
@@ -123,6 +116,7 @@ class Shards:
         entry = index["splits"][split]
         self.folder, self.fingerprint, self.vocab_size = folder, index["fingerprint"], index["vocab_size"]
         self.tokens, self.documents, self.bytes = entry["tokens"], entry["documents"], entry["bytes"]
+        self._hashes = {s["name"]: s["hash"] for s in entry["shards"]}
         self._names = [s["name"] for s in entry["shards"]]
         self._ids = [self._map(s, np.dtype(index["dtype"]).newbyteorder("<")) for s in entry["shards"]]
         self._starts = np.cumsum([0, *(len(ids) for ids in self._ids)])
@@ -137,8 +131,24 @@ class Shards:
             start, length, shard = start + len(parts[-1]), length - len(parts[-1]), shard + 1
         return np.concatenate(parts).astype(np.int64)
 
+    def verify(self, up_to: int = 2_000_000_000) -> None:
+        """Compare the shards' bytes with the hashes in the index; beyond `up_to` bytes only their sizes are known.
+
+        Raises:
+            DataError: naming the shard that changed.
+        """
+        if sum(ids.nbytes for ids in self._ids) > up_to:
+            log.info("shards: sizes checked, content not (over %.0f GB)", up_to / 1e9)
+            return
+        for name, digest in self._hashes.items():
+            if hash_file(self.folder / f"{name}.bin") != digest:
+                raise DataError("changed since it was written", where=self.folder / f"{name}.bin", cause="damage")
+
     def document(self, index: int) -> tuple[dict[str, Any], np.ndarray]:
         """Provenance row and ids of the document with this number in the split."""
+        if not 0 <= index < self.documents:
+            raise DataError(f"no document {index}", where=self.folder, cause=f"the split has {self.documents}")
+        number = index
         for name, ids in zip(self._names, self._ids, strict=True):
             offsets = np.fromfile(self.folder / f"{name}.offsets", dtype="<i8")
             if index < len(offsets) - 1:
@@ -146,7 +156,7 @@ class Shards:
                     row = next(line for i, line in enumerate(rows) if i == index)
                 return json.loads(row), ids[offsets[index] : offsets[index + 1]].astype(np.int64)
             index -= len(offsets) - 1
-        raise DataError(f"no document {index}", where=self.folder, cause=f"the split has {self.documents}")
+        raise DataError(f"no document {number}", where=self.folder, cause="an index that contradicts itself")
 
     def _map(self, shard: dict[str, Any], dtype: np.dtype) -> np.ndarray:
         path = self.folder / f"{shard['name']}.bin"
@@ -156,8 +166,6 @@ class Shards:
             raise DataError(f"cannot be mapped: {error}", where=path) from None
         if len(ids) != shard["tokens"]:
             raise DataError(
-                f"holds {len(ids)} ids, the index says {shard['tokens']}",
-                where=path,
-                cause="a truncated shard",
+                f"holds {len(ids)} ids, the index says {shard['tokens']}", where=path, cause="a truncated shard"
             )
         return ids

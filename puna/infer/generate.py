@@ -1,6 +1,6 @@
 """The reference generation loop: plain, batched, ragged. Faster engines are tested against it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -21,16 +21,20 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_tokens` ids, a stop id included as the last one.
 
     Prompts may have different lengths: they are padded on the right, and a row's padding lies in cache slots that
-    its queries never see and its own tokens overwrite. `on_token(row, id)` is called as ids come.
+    its queries never see and its own tokens overwrite.
 
     Raises:
         UsageError: an empty prompt, or one that does not fit the context with one more token.
     """
+    vocab_size = model.config.vocab_size
+    if any(not 0 <= token < vocab_size for prompt in prompts for token in prompt):
+        raise UsageError(f"a prompt has an id outside 0..{vocab_size - 1}", cause="ids of another tokenizer")
+    if temperature < 0 or not 0 <= top_p <= 1:
+        raise UsageError(f"temperature={temperature} and top_p={top_p} cannot be", fix="temperature >= 0, top_p <= 1")
     longest = max(map(len, prompts), default=0)
     limit = model.config.max_seq_len
     if not prompts or not all(prompts):
@@ -52,8 +56,6 @@ def generate(
         for row, token in enumerate(chosen.tolist()):
             if not done[row]:
                 out[row].append(token)
-                if on_token:
-                    on_token(row, token)
                 full = len(prompts[row]) + len(out[row]) >= limit
                 done[row] = token in stop_ids or len(out[row]) >= max_tokens or full
         lengths = [len(p) + len(o) - 1 for p, o in zip(prompts, out, strict=True)]

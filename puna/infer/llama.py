@@ -8,8 +8,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from puna.checkpoint.model_directory import find_model, load_model, save_model
+from puna.checkpoint.model_directory import find_model, load_model, read_stop_ids, save_model
 from puna.device import choose_device, choose_dtype
+from puna.errors import UsageError
 from puna.files import atomic_folder
 from puna.infer.generate import generate
 from puna.model.transformer import Transformer
@@ -23,6 +24,7 @@ class Llama:
     model: Transformer
     tokenizer: Tokenizer
     path: Path
+    stop_ids: list[int]
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of a raw prompt, with BOS where the tokenizer's config asks for it."""
@@ -32,6 +34,8 @@ class Llama:
     def logits(self, ids: Sequence[Sequence[int]] | Tensor) -> Tensor:
         """(B, T) ids -> (B, T, V) fp32 next-token logits; rows have one length."""
         tokens = torch.as_tensor(ids, device=next(self.model.parameters()).device)
+        if tokens.ndim != 2:
+            raise UsageError(f"ids have shape {tuple(tokens.shape)}", fix="rows of one length: [[1, 2, 3]]")
         return self.model(tokens).float()
 
     @overload
@@ -40,16 +44,19 @@ class Llama:
     def generate(self, prompt: list[str], max_tokens: int = 256, **sampling: Any) -> list[str]: ...
     def generate(self, prompt: str | list[str], max_tokens: int = 256, **sampling: Any) -> str | list[str]:
         """The continuation of raw text, without the prompt. `sampling`: temperature, top_p, seed (see `generate`)."""
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        stops = self.tokenizer.stop_ids
-        ids = generate(self.model, [self.encode(p) for p in prompts], max_tokens=max_tokens, stop_ids=stops, **sampling)
-        texts = [self.tokenizer.decode(row) for row in ids]
+        ids = [self.encode(p) for p in ([prompt] if isinstance(prompt, str) else prompt)]
+        rows = self.continue_ids(ids, max_tokens, **sampling)
+        texts = [self.tokenizer.decode_after(before, row) for before, row in zip(ids, rows, strict=True)]
         return texts[0] if isinstance(prompt, str) else texts
+
+    def continue_ids(self, prompts: Sequence[Sequence[int]], max_tokens: int, **sampling: Any) -> list[list[int]]:
+        """Ids that continue each prompt of ids, ended by one of `stop_ids` or by length."""
+        return generate(self.model, prompts, max_tokens=max_tokens, stop_ids=self.stop_ids, **sampling)
 
     def save(self, path: str | Path, dtype: str = "bf16") -> None:
         """Write a model directory that transformers, vLLM and llama.cpp's converter open."""
         with atomic_folder(Path(path)) as folder:
-            save_model(folder, self.model, self.tokenizer, dtype, {"parents": [str(self.path)]})
+            save_model(folder, self.model, self.tokenizer, dtype, {"format": 1, "parents": [str(self.path)]})
 
 
 def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
@@ -63,4 +70,5 @@ def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
     """
     where = choose_device(device)
     folder = find_model(Path(path).expanduser())
-    return Llama(load_model(folder, choose_dtype(dtype, where), where), Tokenizer(folder), folder)
+    model, tokenizer = load_model(folder, choose_dtype(dtype, where), where), Tokenizer(folder)
+    return Llama(model, tokenizer, folder, list(dict.fromkeys([*tokenizer.stop_ids, *read_stop_ids(folder)])))

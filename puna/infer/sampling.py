@@ -12,7 +12,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generators: list[to
         top_p: keeps the most likely ids up to and including the one that crosses this probability (Llama 2's rule).
         generators: one a row, so that a row's text does not depend on the rows beside it.
     """
-    if temperature == 0:
+    if temperature < 1e-4:  # dividing by less overflows
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1)
     if top_p < 1:

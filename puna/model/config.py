@@ -30,3 +30,11 @@ class ModelConfig(Config):
     norm_eps: float
     tie_embeddings: bool
     """The output projection is the embedding matrix."""
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Stored weights, norms included, a tied head counted once."""
+    heads = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    layer = config.dim * (heads + 3 * config.ffn_dim + 2)
+    tables = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
+    return tables + config.n_layers * layer + config.dim

@@ -82,10 +82,8 @@ def resolve_model(choice: ModelChoice, vocab_size: int) -> ModelConfig:
     """The full config of a choice.
 
     Raises:
-        UsageError: unknown preset, or values that do not divide.
+        UsageError: values that do not divide.
     """
-    if choice.preset not in PRESETS:
-        raise UsageError(f"no preset `{choice.preset}`" + nearest(choice.preset, list(PRESETS)), fix="puna ls models")
     given = choice.model_dump(exclude={"preset"}, exclude_none=True)
     config = ModelConfig(**{**PRESETS[choice.preset].model_dump(), **given, "vocab_size": vocab_size})
     if config.n_heads % config.n_kv_heads or config.head_dim % 2:

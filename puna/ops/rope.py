@@ -15,11 +15,7 @@ def rope_frequencies(head_dim: int, theta: float) -> Tensor:
 
 
 def scale_frequencies(
-    frequencies: Tensor,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_max_seq_len: int,
+    frequencies: Tensor, factor: float, low_freq_factor: float, high_freq_factor: float, original_max_seq_len: int
 ) -> Tensor:
     """Llama 3.1's context extension: long wavelengths are stretched by `factor`, short ones kept, a ramp between.
 

@@ -1,7 +1,6 @@
 """The acts of a Llama's life, each a page. `RECIPES` is a static table, so listing them imports nothing."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,8 @@ def recipe_of(file: Path) -> str:
     return recipe
 
 
-def load(recipe: str, config: str | Path | None = None, words: Sequence[str] = ()) -> Config:
-    """The recipe's config from a shipped or own file (none: its defaults) and `key=value` words."""
+def load(recipe: str, config: str | Path | None = None, given: Mapping[str, Any] | None = None) -> Config:
+    """The recipe's config from a shipped or own file (none: its defaults) and values over it, dotted keys."""
     if recipe not in RECIPES:
         raise UsageError(f"no recipe `{recipe}`" + nearest(recipe, list(RECIPES)), fix="puna ls recipes")
     file = config_file(str(config)) if config is not None else None
@@ -67,7 +66,7 @@ def load(recipe: str, config: str | Path | None = None, words: Sequence[str] = (
             where=file,
             fix=f"puna run {named} --config {config}",
         )
-    return load_config(config_type(recipe), file, words)
+    return load_config(config_type(recipe), file, given)
 
 
 def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any) -> Path:
@@ -81,10 +80,7 @@ def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any
         setup_logging()
     if isinstance(config, Config):
         return _module(recipe).main(config)
-    words = [
-        f"{key}={value if isinstance(value, str | Path) else json.dumps(value)}" for key, value in overrides.items()
-    ]
-    return _module(recipe).main(load(recipe, config, words))
+    return _module(recipe).main(load(recipe, config, overrides))
 
 
 def _module(recipe: str) -> Any:

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from puna import __version__
-from puna.config import RecipeConfig
+from puna.config import RecipeConfig, UserPath
 from puna.data.documents import Document, SourceConfig, read_documents, split_documents
 from puna.data.shards import ShardWriter, write_index
 from puna.errors import DataError
 from puna.files import atomic_folder, write_json
 from puna.log import Progress, log
+from puna.run_folder import lineage
 from puna.tokenizer.tokenizer import Tokenizer
 
 
@@ -18,16 +18,16 @@ class Config(RecipeConfig):
     """Encode the sources into train and valid shards."""
 
     recipe: Literal["data"] = "data"  # type: ignore[assignment]
-    output: Path = Path("runs/data")
+    output: UserPath = Path("runs/data")
     """Folder to write: shards, index, and a copy of the tokenizer."""
-    tokenizer: Path = Path("runs/tokenizer")
+    tokenizer: UserPath = Path("runs/tokenizer")
     """A tokenizer or model folder."""
     sources: SourceConfig = SourceConfig()
 
 
 def main(config: Config) -> Path:
     """Write BOS + text + EOS of every document to its split."""
-    tokenizer = Tokenizer(config.tokenizer.expanduser())
+    tokenizer = Tokenizer(config.tokenizer)
     with atomic_folder(config.output) as folder:
         writers = {split: ShardWriter(folder, split, tokenizer.vocab_size) for split in ("train", "valid")}
         with Progress("documents", None) as progress:
@@ -40,13 +40,7 @@ def main(config: Config) -> Path:
             raise DataError("the sources hold no training text", where=config.sources.path or config.sources.packages)
         (folder / "tokenizer").mkdir()
         tokenizer.save(folder / "tokenizer")
-        lineage = {
-            "format": 1,
-            "puna": __version__,
-            "recipe": "data",
-            "config": config.model_dump(mode="json"),
-        }
-        write_json(folder / "puna.json", lineage)
+        write_json(folder / "puna.json", lineage(config))
     for split, entry in index["splits"].items():
         ratio = entry["bytes"] / max(1, entry["tokens"])
         log.info(

@@ -9,7 +9,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from puna.checkpoint.model_directory import save_model
 from puna.config import Config as BaseConfig
-from puna.config import RecipeConfig
+from puna.config import RecipeConfig, UserPath
 from puna.data.loader import TokenLoader
 from puna.data.shards import Shards, read_index
 from puna.device import calibrate_threads, choose_device, choose_dtype
@@ -18,11 +18,11 @@ from puna.eval import bits_per_byte
 from puna.files import atomic_folder, write_json
 from puna.infer.generate import generate
 from puna.log import clock, log
-from puna.model.count import count_parameters
+from puna.model.config import count_parameters
 from puna.model.init import build_model, init_weights, materialize
 from puna.model.presets import ModelChoice, ModelSpec, resolve_model
 from puna.model.transformer import Transformer
-from puna.run import Run, open_run
+from puna.run_folder import Run, lineage, open_run
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.budget import steps_within
 from puna.train.fit import TrainConfig, fit
@@ -42,8 +42,8 @@ class Config(RecipeConfig):
     """Pretrain on packed text: next-token loss over every position."""
 
     recipe: Literal["pretrain"] = "pretrain"  # type: ignore[assignment]
-    output: Path = Path("runs/pretrain")
-    data: Path = Path("runs/data")
+    output: UserPath = Path("runs/pretrain")
+    data: UserPath = Path("runs/data")
     """A shard folder made by the data recipe; its tokenizer comes with it."""
     model: ModelSpec = ModelChoice()
     """A preset (`model=llama3.2-1b`), or a preset with changed values."""
@@ -63,33 +63,34 @@ class Config(RecipeConfig):
 
 def main(config: Config) -> Path:
     """Train, validate, and write `final/`. Run again after an interruption, it goes on."""
+    if config.seconds and "steps" in config.model_fields_set:
+        raise UsageError("steps and seconds are both given", fix="seconds=null, or leave steps out")
     read_index(config.data)  # a wrong path is told before a run folder exists
     with open_run(config) as run:
         device = choose_device(config.device)
         torch.set_num_threads(run.once("threads", calibrate_threads))
         tokenizer = Tokenizer(config.data / "tokenizer")
         train, valid = Shards(config.data, "train"), Shards(config.data, "valid")
+        train.verify()
         model = _model(config, tokenizer, device)
         training = config.train.model_copy(update={"optimizer": with_rate(config.train.optimizer, model.config.dim)})
         batches = TokenLoader(train, config.seq_len, config.batch_size, config.seed)
         evaluate = partial(_evaluate, run=run, config=config, valid=valid, tokenizer=tokenizer)
-        lineage = {"recipe": "pretrain", "data": train.fingerprint, "config": config.model_dump(mode="json")}
-        save = partial(save_model, model=model, tokenizer=tokenizer, save_dtype=config.save_dtype, lineage=lineage)
+        made_from = lineage(config, data=train.fingerprint)
+        save = partial(save_model, model=model, tokenizer=tokenizer, save_dtype=config.save_dtype, lineage=made_from)
         plan: dict[str, Any] = {"steps": config.steps}
         if config.seconds:
             measure = partial(steps_within, config.seconds, model, batches, next_token, training, evaluate)
             plan = run.once("plan", measure)
         state = fit(run, model, batches, next_token, training, plan["steps"], evaluate, save)
-        result = {
-            "steps": state.step,
-            "tokens": state.tokens,
-            "seconds": state.seconds + plan.get("seconds_probing", 0.0),
-        }
-        result["seconds_compiling"] = plan.get("seconds_compiling", 0.0)
+        result = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
+        if "seconds_probing" in plan:
+            result["seconds"] += plan["seconds_probing"]
+            result["seconds_compiling"] = plan["seconds_compiling"]
         if valid.tokens:
             result["bits_per_byte"] = bits_per_byte(model, valid, config.seq_len, config.batch_size)
         with atomic_folder(run.final) as folder:
-            save(folder, lineage={**lineage, "metrics": result})
+            save(folder, lineage={**made_from, "metrics": result})
         write_json(run.folder / "result.json", result)
         _report(run, result)
     return config.output
@@ -117,15 +118,14 @@ def _evaluate(
 ) -> dict[str, float]:
     """An estimate of bits per byte on a part of the validation split; samples go to the log and samples.jsonl."""
     options = config.samples
-    if options.prompts and step:
+    if options.prompts:
         ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in options.prompts]
-        model.eval()
-        rows = generate(
-            model, ids, max_tokens=options.max_tokens, temperature=options.temperature, seed=config.seed,
-            stop_ids=tokenizer.stop_ids,
-        )  # fmt: skip
-        for prompt, row in zip(options.prompts, rows, strict=True):
-            text = prompt + tokenizer.decode(row)
+        limits = {"max_tokens": options.max_tokens, "temperature": options.temperature, "seed": config.seed}
+        rows = generate(model.eval(), ids, stop_ids=tokenizer.stop_ids, **limits)
+        for prompt, before, row in zip(options.prompts, ids, rows, strict=True):
+            if not step:
+                break  # step 0 is the measuring of a time budget
+            text = prompt + tokenizer.decode_after(before, row)
             log.info("  | %s", text.replace("\n", "\n  | "))
             run.samples.write(step=step, prompt=prompt, text=text)
     if not valid.tokens:
@@ -134,10 +134,9 @@ def _evaluate(
 
 
 def _report(run: Run, result: dict[str, float]) -> None:
-    log.info(
-        "trained %s steps, %s tokens in %s (%.0f s compiling)",
-        f"{result['steps']:,}", f"{result['tokens']:,}", clock(result["seconds"]), result["seconds_compiling"],
-    )  # fmt: skip
+    compiling = f" ({result['seconds_compiling']:.0f} s compiling)" if "seconds_compiling" in result else ""
+    spent = f"{result['tokens']:,} tokens in {clock(result['seconds'])}{compiling}"
+    log.info("trained %s steps, %s", f"{result['steps']:,}", spent)
     if "bits_per_byte" in result:
         log.info("bits per byte on the held-out text: %.3f", result["bits_per_byte"])
     log.info("model: %s", run.final)

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from puna import __version__
-from puna.config import RecipeConfig
+from puna.config import RecipeConfig, UserPath
 from puna.data.documents import SourceConfig, read_documents, split_documents
 from puna.errors import DataError
 from puna.files import atomic_folder, write_json
 from puna.log import Progress, log
+from puna.run_folder import lineage
 from puna.tokenizer.bpe import save_bpe, train_bpe
 from puna.tokenizer.spm import save_spm, train_spm
 from puna.tokenizer.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ class Config(RecipeConfig):
     """Train a tokenizer on the training side of the sources."""
 
     recipe: Literal["tokenizer"] = "tokenizer"  # type: ignore[assignment]
-    output: Path = Path("runs/tokenizer")
+    output: UserPath = Path("runs/tokenizer")
     """Folder to write: tokenizer.json, tokenizer.model, tokenizer_config.json."""
     sources: SourceConfig = SourceConfig()
     kind: Literal["bpe", "sentencepiece"] = "bpe"
@@ -39,13 +39,7 @@ def main(config: Config) -> Path:
                 save_bpe(train_bpe(texts, config.vocab_size), folder)
             else:
                 save_spm(train_spm(texts, config.vocab_size), folder)
-        lineage = {
-            "format": 1,
-            "puna": __version__,
-            "recipe": "tokenizer",
-            "config": config.model_dump(mode="json"),
-        }
-        write_json(folder / "puna.json", lineage)
+        write_json(folder / "puna.json", lineage(config))
     tokenizer = Tokenizer(config.output)
     log.info("tokenizer: %d ids in %s", tokenizer.vocab_size, config.output)
     return config.output

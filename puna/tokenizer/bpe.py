@@ -5,7 +5,6 @@ the same ids: the merges in the JSON are all ways to make a token out of two, wh
 """
 
 import base64
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from puna.errors import DataError
+from puna.tokenizer.tokenizer import Tokenizer
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -79,15 +79,7 @@ def save_bpe(ranks: dict[bytes, int], folder: Path) -> None:
     engine.save(str(folder / "tokenizer.json"))
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     (folder / "tokenizer.model").write_text("".join(lines), encoding="ascii")
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": specials[0],
-        "eos_token": specials[1],
-        "pad_token": "<|finetune_right_pad_id|>",
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    Tokenizer.write_config(folder, bos_token=specials[0], eos_token=specials[1], pad_token="<|finetune_right_pad_id|>")
 
 
 def byte_of_character() -> dict[str, int]:

@@ -4,7 +4,6 @@ Written as SentencePiece's own `tokenizer.model` and as `tokenizer.json`, which 
 """
 
 import io
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
 from puna.errors import DataError
+from puna.tokenizer.tokenizer import Tokenizer
 
 _SPACE = "▁"
 
@@ -79,15 +79,7 @@ def save_spm(model: bytes, folder: Path) -> None:
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
     )
     engine.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    Tokenizer.write_config(folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -10,10 +10,11 @@ from pathlib import Path
 import tokenizers
 
 from puna.errors import DataError
+from puna.files import write_json
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 """What makes a tokenizer inside a model directory; `tokenizer.model` where the family has one."""
-_STOPS = ("<|eot_id|>", "<|eom_id|>")
+_STOPS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 
 
 class Tokenizer:
@@ -56,7 +57,7 @@ class Tokenizer:
     @cached_property
     def stop_ids(self) -> list[int]:
         """Ids after which generation ends: end of text, of turn and of message, where the family has them."""
-        return [self.eos_id, *(self.special_tokens[s] for s in _STOPS if s in self.special_tokens)]
+        return list(dict.fromkeys([self.eos_id, *(self.special_tokens[s] for s in _STOPS if s in self.special_tokens)]))
 
     @cached_property
     def adds_bos(self) -> bool:
@@ -77,6 +78,11 @@ class Tokenizer:
         """Text of `ids`; control ids are left out unless `special`. Broken UTF-8 becomes U+FFFD."""
         return self._engine.decode(list(ids), skip_special_tokens=not special)
 
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that `ids` add to `before`: a leading space, or half a character, depends on what stands there."""
+        start = self.decode(before).rstrip("\ufffd")
+        return self.decode([*before, *ids]).removeprefix(start)
+
     def token(self, id: int) -> str:
         """The vocabulary's own spelling of one id."""
         return self._engine.id_to_token(id) or ""
@@ -86,6 +92,12 @@ class Tokenizer:
         for name in FILES:
             if (self.folder / name).exists():
                 shutil.copyfile(self.folder / name, folder / name)
+
+    @staticmethod
+    def write_config(folder: Path, **named: str) -> None:
+        """tokenizer_config.json as transformers reads it: bos_token, eos_token and so on."""
+        extra = {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named, **extra})
 
     def _named(self, key: str) -> int:
         token = self._config.get(key)

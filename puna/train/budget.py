@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from puna.log import log
-from puna.train.fit import BatchSource, Evaluate, Objective, TrainConfig, build_optimizer, train_step
-from puna.train.guard import Guard
+from puna.train.fit import BatchSource, Evaluate, Objective, TrainConfig, train_step
+from puna.train.optim import build_optimizer
 
 _PROBE = 10
 _MARGIN = 0.92  # a machine drifts by 5-10 % between minutes
@@ -22,9 +22,8 @@ def steps_within(
     objective: Objective,
     config: TrainConfig,
     evaluate: Evaluate,
-    evaluations: int = 5,
 ) -> dict[str, Any]:
-    """Steps that train in `seconds` of wall clock, the probe, compilation and `evaluations` validations included.
+    """Steps that train in `seconds` of wall clock, with this probe, compilation and the run's validations in it.
 
     The model's weights and the data position are put back: the run starts as if nothing had been tried.
     """
@@ -34,10 +33,10 @@ def steps_within(
     optimizer = build_optimizer(model, config.optimizer)
     device = next(model.parameters()).device
     times = []
-    for step in range(_PROBE):
+    for _ in range(_PROBE):
         before = time.perf_counter()
-        micro = [next(batches) for _ in range(config.accumulate)]
-        train_step(model, optimizer, micro, objective, 1e-8, config, device, Guard(_PROBE), step)
+        micro = [next(batches).to(device) for _ in range(config.accumulate)]
+        train_step(model, optimizer, micro, objective, 1e-8, config.optimizer.clip, lambda loss, norm: True)
         times.append(time.perf_counter() - before)
     before = time.perf_counter()
     evaluate(model, 0)
@@ -48,10 +47,16 @@ def steps_within(
     batches.load_state_dict(position)
     per_step = median(times[3:])
     spent = time.perf_counter() - started
-    steps = max(_PROBE, int((_MARGIN * seconds - spent - evaluations * per_evaluation) / per_step))
-    log.info("steps: %d (%.0f ms each, to fit %d s)", steps, 1000 * per_step, seconds)
+    left = _MARGIN * seconds - spent
+    if config.evaluate_every:
+        steps = int(left / (per_step + per_evaluation / config.evaluate_every))
+    else:
+        steps = int((left - 5 * per_evaluation) / per_step)
+    if steps < 1:
+        log.warning("%g s are too few: %.1f s went into measuring; training one step", seconds, spent)
+    log.info("steps: %d (%.0f ms each, to fit %g s)", max(1, steps), 1000 * per_step, seconds)
     return {
-        "steps": steps,
+        "steps": max(1, steps),
         "seconds_per_step": per_step,
         "seconds_compiling": max(0.0, times[0] - per_step),
         "seconds_probing": spent,

@@ -1,25 +1,20 @@
 """The only training loop. Recipes differ in the four things they hand to it, never in the loop."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from pydantic import PositiveInt
 from torch import nn
 
-from puna.checkpoint.train_state import (
-    TrainState,
-    load_train_state,
-    newest_checkpoint,
-    prune,
-    save_train_state,
-)
+from puna.checkpoint.train_state import TrainState, load_train_state, newest_checkpoint, prune, save_train_state
 from puna.config import Config
-from puna.data.batch import Batch
+from puna.data.loader import Batch
 from puna.errors import DataError
 from puna.log import Progress, log
-from puna.run import Run
+from puna.run_folder import Run
 from puna.train.guard import Guard
 from puna.train.objectives import Loss
 from puna.train.optim import OptimizerConfig, build_optimizer, learning_rate
@@ -85,70 +80,71 @@ def fit(
         state = load_train_state(checkpoint, model, optimizer, batches)
     run.metrics.rewind(state.step)
     run.samples.rewind(state.step)
+    evaluated = {row["step"] for row in run.metrics.read() if "loss" not in row}
     guard = Guard(config.skip_budget)
     evaluate_every, save_every = (
         every or max(1, -(-steps // 5)) for every in (config.evaluate_every, config.save_every)
     )
     with Progress("training", steps, state.step) as progress:
-        while state.step < steps:
+        while True:
+            last = state.step == steps
+            due = last or (state.step and state.step % evaluate_every == 0)
+            if due and state.step not in evaluated and not run.stop.signal:
+                started = time.perf_counter()
+                metrics = evaluate(model, state.step)
+                state.seconds += time.perf_counter() - started
+                run.metrics.write(step=state.step, **metrics)
+                log.info("step %d  %s", state.step, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+            if run.stop.signal:
+                save_train_state(run, state, model, optimizer, batches, save_model)
+                run.stop.check(f"step {state.step} of {steps} is saved in {run.folder}")
+            if last:
+                return state
             started = time.perf_counter()
             lr = learning_rate(state.step, steps, config.optimizer)
-            position = batches.state_dict()
-            micro = [next(batches) for _ in range(config.accumulate)]
-            row = train_step(model, optimizer, micro, objective, lr, config, device, guard, state.step, position)
+            admit = partial(guard.admits, state.step + 1, batches.state_dict())
+            micro = [next(batches).to(device) for _ in range(config.accumulate)]
+            row = train_step(model, optimizer, micro, objective, lr, config.optimizer.clip, admit)
             state.step += 1
             state.tokens += row["n"]
             state.seconds += (took := time.perf_counter() - started)
             run.metrics.write(step=state.step, **row, tokens=state.tokens, tok_s=row["n"] / took, seconds=state.seconds)
             progress.update(state.step, f"loss {row['loss']:.3f}  {row['n'] / took:,.0f} tok/s")
-            last = state.step == steps
-            if state.step % save_every == 0 or last or run.stop.signal:
+            # Saved before it is validated: a crash in between loses a number, which the resumed run makes up for.
+            if state.step % save_every == 0 or state.step == steps:
                 save_train_state(run, state, model, optimizer, batches, save_model)
                 prune(run, config.keep)
-            if (state.step % evaluate_every == 0 or last) and not run.stop.signal:
-                started = time.perf_counter()
-                metrics = evaluate(model, state.step)
-                state.seconds += time.perf_counter() - started
-                run.metrics.write(step=state.step, **metrics)
-                log.info(
-                    "step %d  loss %.3f  %s",
-                    state.step,
-                    row["loss"],
-                    "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()),
-                )
-            run.stop.check(f"step {state.step} of {steps} is saved in {run.folder}")
-    return state
 
 
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro: list[Batch],
+    micro: Sequence[Batch],
     objective: Objective,
     lr: float,
-    config: TrainConfig,
-    device: torch.device,
-    guard: Guard,
-    step: int,
-    position: object = None,
+    clip: float,
+    admit: Callable[[float, float], bool],
 ) -> dict[str, Any]:
-    """One optimizer step over the micro-batches: the gradient of their summed loss divided by their summed n."""
+    """One optimizer step over the micro-batches: the gradient of their summed loss divided by their summed n.
+
+    The weights change only if `admit(loss, gradient norm)`; the gradient is clipped to norm `clip` (0: not).
+    """
     n = sum(batch.n for batch in micro)
     if n == 0:
-        raise DataError("a step has nothing to train", where=f"data position {position}", cause="every label is masked")
+        raise DataError("a step has nothing to train", cause="every label of its batches is masked")
     model.train()
     sums: dict[str, torch.Tensor] = {}
     for batch in micro:
-        loss = objective(model, batch.to(device))
+        loss = objective(model, batch)
         (loss.sum / n).backward()
         for name, value in {"loss": loss.sum, **loss.metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
     row = {name: float(value) / n for name, value in sums.items()}
-    limit = config.optimizer.clip or float("inf")
-    grad_norm = float(nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], limit))
+    trained = [p for p in model.parameters() if p.grad is not None]
+    grad_norm = float(nn.utils.clip_grad_norm_(trained, clip or float("inf")))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if guard.admits(step + 1, row["loss"], grad_norm, position):
+    if admit(row["loss"], grad_norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {**row, "lr": lr, "grad_norm": grad_norm, "n": n}

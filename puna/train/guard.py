@@ -10,9 +10,9 @@ class Guard:
     """Counts the steps that were skipped; too many in a row end the run."""
 
     def __init__(self, budget: int):
-        self.budget, self.skipped, self.in_a_row = budget, 0, 0
+        self.budget, self.in_a_row = budget, 0
 
-    def admits(self, step: int, loss: float, grad_norm: float, position: object) -> bool:
+    def admits(self, step: int, position: object, loss: float, grad_norm: float) -> bool:
         """Whether this step may update the weights.
 
         Raises:
@@ -21,7 +21,6 @@ class Guard:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
             return True
-        self.skipped += 1
         self.in_a_row += 1
         log.warning("step %d skipped: loss %s, gradient norm %s, data position %s", step, loss, grad_norm, position)
         if self.in_a_row > self.budget:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from puna.data.batch import Batch
+from puna.data.loader import Batch
 from puna.model.transformer import Transformer
 from puna.ops.cross_entropy import linear_cross_entropy
 

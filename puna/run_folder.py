@@ -19,9 +19,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+from puna import __version__
 from puna.config import RecipeConfig, differences, read_yaml, to_yaml
 from puna.errors import Interrupted, UsageError
-from puna.files import lock, sweep, write_json, write_text
+from puna.files import lock, make_folder, sweep, write_json, write_text
 from puna.log import Metrics, log
 
 T = TypeVar("T")
@@ -58,18 +59,19 @@ def open_run(config: RecipeConfig) -> Iterator[Run]:
     """
     folder = config.output
     resolved = folder / "resolved.yaml"
-    if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()) and not resolved.exists():
+    make_folder(folder)
+    if not resolved.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise UsageError("the folder is not empty and holds no run", where=folder, fix="choose another output=...")
-    folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         if resolved.exists():
             _check_continues(config, folder)
-        else:
-            write_json(folder / "env.json", environment())
-            write_text(folder / "config.yaml", to_yaml(config, given_only=True))
+        else:  # the file that makes it a run comes first: a crash right here can be continued
             write_text(resolved, to_yaml(config))
+        write_text(folder / "config.yaml", to_yaml(config, given_only=True))
+        write_json(folder / "env.json", environment())
         sweep(folder)
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler.handleError = lambda record: None  # a full disk is told once, by what fails for it
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
         run = Run(folder)
@@ -101,7 +103,7 @@ class Stop:
 
     def _ask(self, number: int, _frame: object) -> None:
         if self.signal:
-            raise KeyboardInterrupt
+            raise Interrupted("stopped at once", number)
         self.signal = number
         log.warning("stopping after this step (again: stop now)")
 
@@ -109,6 +111,11 @@ class Stop:
         """Raise Interrupted if a stop was asked for; `what` says what is safe by now."""
         if self.signal:
             raise Interrupted(f"stopped: {what}", self.signal, fix="run the same command again to go on")
+
+
+def lineage(config: RecipeConfig, **more: Any) -> dict[str, Any]:
+    """What an artefact was made from, for its puna.json: recipe, config, versions, and `more` (parents, metrics)."""
+    return {"format": 1, "puna": __version__, "recipe": config.recipe, "config": config.model_dump(mode="json"), **more}
 
 
 def environment() -> dict[str, Any]:
@@ -129,7 +136,8 @@ def _check_continues(config: RecipeConfig, folder: Path) -> None:
         raise UsageError(
             "this run is finished", where=folder, fix="choose another output=..., or remove that folder first"
         )
-    old, new = read_yaml(folder / "resolved.yaml"), config.model_dump(mode="json")
+    old, new = dict(read_yaml(folder / "resolved.yaml")), config.model_dump(mode="json", exclude={"output"})
+    old.pop("output", None)  # a run may be moved
     if changed := list(differences(old, new)):
         raise UsageError(
             "an unfinished run with another config is here: " + "; ".join(changed),
