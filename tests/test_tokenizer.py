@@ -34,7 +34,7 @@ def spm(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def ranks(bpe: Tokenizer) -> tiktoken.Encoding:
     """tiktoken on the ranks file we wrote."""
-    lines = (bpe.folder / "tokenizer.model").read_bytes().splitlines()
+    lines = bpe.files["tokenizer.model"].splitlines()
     table = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
     return tiktoken.Encoding("trained", pat_str=SPLIT, mergeable_ranks=table, special_tokens={})
 
@@ -70,7 +70,7 @@ def test_bpe_ids_equal_tiktoken(bpe: Tokenizer, ranks: tiktoken.Encoding) -> Non
 
 def test_spm_ids_equal_sentencepiece(spm: Tokenizer) -> None:
     """tokenizer.json and tokenizer.model of one folder must give the same ids."""
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(spm.folder / "tokenizer.model"))
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=spm.files["tokenizer.model"])
     for text in strings(3000):
         assert spm.encode(text) == theirs.encode(text), repr(text)
 
@@ -117,7 +117,7 @@ def test_the_special_block_is_llama_3s(bpe: Tokenizer) -> None:
 def test_transformers_reads_both(bpe: Tokenizer, spm: Tokenizer) -> None:
     """The folder has to give the same ids, BOS included, to those who open it with transformers."""
     for tokenizer in (bpe, spm):
-        theirs = transformers.AutoTokenizer.from_pretrained(str(tokenizer.folder))
+        theirs = transformers.AutoTokenizer.from_pretrained(str(tokenizer.where))
         for text in (TEXT, "  two spaces", "🦙"):
             assert theirs(text).input_ids == [tokenizer.bos_id, *tokenizer.encode(text)]
         assert theirs.eos_token_id == tokenizer.eos_id

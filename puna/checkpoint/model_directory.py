@@ -111,20 +111,6 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(steps, key=lambda p: int(p.name[5:]))
 
 
-def find_model(path: Path) -> Path:
-    """The model directory a user means: itself, or a run folder's `final/` or newest checkpoint."""
-    if (path / "config.json").exists():
-        return path
-    if (path / "final" / "config.json").exists():
-        return path / "final"
-    if steps := checkpoints(path):
-        return steps[-1]
-    raise CheckpointError(
-        "no model here" if path.exists() else "no such model", where=path,
-        cause="puna reads a model directory or a run folder", fix="puna runs ls",
-    )  # fmt: skip
-
-
 def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
@@ -144,6 +130,12 @@ def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     total = sum(t.nbytes for t in tensors.values())
     where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def stored_dtype(file: Path) -> str:
+    """The dtype of a safetensors file's first tensor."""
+    with safe_open(file, framework="numpy") as handle:
+        return handle.get_slice(next(iter(handle.keys()))).get_dtype()
 
 
 def _tensor_names(file: Path) -> list[str]:

@@ -153,7 +153,7 @@ def _state(folder: Path) -> str:
 
 
 def _tokenizer(folder: Path) -> Any:
-    from puna.checkpoint.model_directory import find_model
+    from puna.checkpoint.registry import find_model
     from puna.tokenizer.tokenizer import Tokenizer
 
     return Tokenizer(folder if (folder / "tokenizer.json").exists() or not folder.exists() else find_model(folder))

