@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# compat: the checkout is a path entry, so a folder called puna beside the program does not hide it
+EDITABLE := --config-settings editable_mode=compat --editable
 INDEX  := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
 .PHONY: setup quickstart test check clean
@@ -21,6 +23,7 @@ check: .venv/dev  ## lint, format, types, tests
 	$(MAKE) --no-print-directory test
 
 setup: .venv/dev  ## install everything a developer needs
+	@echo "now: source .venv/bin/activate"
 
 clean:
 	rm -rf .venv build *.egg-info puna-quickstart
@@ -30,10 +33,10 @@ clean:
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing $(TORCH) and puna into .venv (some minutes on a slow line)"
 	@$(PIP) install --quiet $(INDEX) '$(TORCH)'
-	@$(PIP) install --quiet --constraint constraints.txt --editable .
+	@$(PIP) install --quiet --constraint constraints.txt $(EDITABLE) .
 	@touch $@
 
 .venv/dev: .venv/core
 	@echo "installing the development tools into .venv"
-	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) install --quiet --constraint constraints.txt $(EDITABLE) '.[dev]'
 	@touch $@

@@ -6,6 +6,8 @@ the command line are parsed by the same types. A config holds values only; whate
 
 import difflib
 import io
+import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -72,7 +74,9 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, sign, text = word.partition("=")
         if not sign or not key:
-            raise UsageError(f"`{word}` is not of the form key=value", fix="for example: steps=100")
+            raise UsageError(
+                f"`{word}` is not of the form key=value", fix="for example sources.path=FOLDER or steps=100"
+            )
         given[key] = text
         if text[:1] in ("[", "{", '"', "'") or text in ("null", "~", ""):
             try:
@@ -112,6 +116,20 @@ def to_yaml(config: Config, given_only: bool = False) -> str:
     stream = io.StringIO()
     YAML(typ="rt").dump(config.model_dump(mode="json", exclude_unset=given_only), stream)
     return stream.getvalue()
+
+
+def template(kind: type[Config], indent: str = "") -> str:
+    """A config file with every key, its default and what it is for."""
+    lines = []
+    for key, field in kind.model_fields.items():
+        lines += [f"{indent}# {line}" for line in textwrap.wrap(" ".join((field.description or "").split()), 100)]
+        inner = _submodel(field.annotation)
+        if inner and field.default is not None:
+            lines += [f"{indent}{key}:", template(inner, indent + "  ")]
+        else:
+            default = kind.model_construct().model_dump(mode="json").get(key)
+            lines.append(f"{indent}{key}: {json.dumps(default, ensure_ascii=False)}")
+    return "\n".join(lines)
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:

@@ -90,6 +90,7 @@ class Progress:
 
     def _start_bar(self) -> None:
         from rich.console import Console
+        from rich.highlighter import NullHighlighter
         from rich.logging import RichHandler
         from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -107,7 +108,9 @@ class Progress:
         self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, text="")
         # Lines logged while the bar is up have to go through its console, or they tear it.
         self._handlers = list(log.handlers)
-        plain = RichHandler(console=console, show_time=False, show_level=False, show_path=False, highlighter=None)
+        plain = RichHandler(
+            console=console, show_time=False, show_level=False, show_path=False, highlighter=NullHighlighter()
+        )
         log.handlers[:] = [h for h in self._handlers if type(h) is not logging.StreamHandler] + [plain]
         self._bar.start()
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from transformers.models.llama import modeling_llama
 
 from puna.model.config import ModelConfig, RopeScaling
 from puna.recipes import run
@@ -58,3 +60,13 @@ def shards(texts: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPat
     output = tmp_path_factory.mktemp("data") / "shards"
     words = {"sources.path": texts, "sources.valid_fraction": 0.1}
     return run("data", output=output, tokenizer=tokenizer_folder, **words)
+
+
+@pytest.fixture
+def exact_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers rounds to fp32 inside RMSNorm even in fp64; keep fp64, or parity below 1e-7 is chance."""
+
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers.models.llama import modeling_llama
 
 from puna.checkpoint.names import from_disk_name, to_hf_config
 from puna.model.config import ModelConfig, RopeScaling, count_parameters
@@ -58,16 +57,6 @@ def reference(model: Transformer) -> transformers.LlamaForCausalLM:
     assert not missing
     assert not unexpected
     return theirs
-
-
-@pytest.fixture
-def exact_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers rounds to fp32 inside RMSNorm even in fp64; keep fp64, or parity below 1e-7 is chance."""
-
-    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)
 
 
 @pytest.mark.parametrize("case", CASES)

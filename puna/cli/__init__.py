@@ -5,6 +5,7 @@ import traceback
 
 import typer
 
+from puna import __version__
 from puna.cli import configs, look, models, quickstart
 from puna.errors import PunaError
 from puna.files import DISK_FULL
@@ -25,10 +26,17 @@ quickstart.register(app)
 _GLOBAL = {"-v", "--verbose", "-q", "--quiet"}
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"puna {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     verbose: bool = typer.Option(False, "-v", "--verbose", help="More detail, and tracebacks of errors."),
     quiet: bool = typer.Option(False, "-q", "--quiet", help="Warnings only."),
+    version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Print the version."),
 ) -> None:
     setup_logging(1 if verbose else -1 if quiet else 0)
 
@@ -49,9 +57,12 @@ def main() -> None:
         _fail(f"puna: {error}", error.exit_code)
     except MemoryError:
         _fail("puna: out of memory\n  try: a smaller batch_size, seq_len or model", 6)
+    except OSError as error:
+        if verbose:
+            raise
+        full = "\n  try: free some space and run it again" if error.errno in DISK_FULL else ""
+        _fail(f"puna: {error.strerror or error}: {error.filename or ''}{full}", 6)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            _fail(f"puna: the disk is full: {error}\n  try: free some space and run it again", 6)
         if verbose:
             raise
         what = f"puna: unexpected {type(error).__name__}: {error}"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from puna.cli.output import Json, print_json, print_rows
-from puna.config import nearest, parse_words, to_yaml
+from puna.config import nearest, parse_words, template, to_yaml
 from puna.errors import UsageError
 from puna.files import write_text
 from puna.recipes import CONFIGS, RECIPES, config_file, config_type, load, recipe_of
@@ -15,7 +15,9 @@ from puna.recipes import run as run_recipe
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the config's.", show_default=False)
 ]
-ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A name of `puna ls configs`, or a YAML file.")]
+ConfigName = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A name of `puna ls configs`, a recipe, or a YAML file.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -61,19 +63,19 @@ def ls(
 
 
 def cat(config: ConfigName) -> None:
-    """Print a config as it is written."""
-    print(config_file(config).read_text(encoding="utf-8"), end="")
+    """Print a config as it is written; for a recipe's name every key with its default and what it is for."""
+    print(_text(config), end="")
 
 
 def cp(config: ConfigName, file: Annotated[Path, typer.Argument(help="Where to write it.")]) -> None:
-    """Copy a config to a file of your own."""
+    """Copy a config, or a recipe's every key, to a file of your own."""
     file = file / Path(config).name if file.is_dir() else file
     target = file if file.suffix in (".yaml", ".yml") else file.with_name(file.name + ".yaml")
     if target.exists():
         raise UsageError("exists already", where=target, fix="another file name")
-    source = config_file(config)
+    text = _text(config)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, source.read_text(encoding="utf-8"))
+    write_text(target, text)
     print(target)
 
 
@@ -88,6 +90,12 @@ def schema(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name 
     if recipe not in RECIPES:
         raise UsageError(f"no recipe `{recipe}`" + nearest(recipe, list(RECIPES)), fix="puna ls recipes")
     print_json(config_type(recipe).model_json_schema())
+
+
+def _text(config: str) -> str:
+    if config in RECIPES and config not in CONFIGS:
+        return template(config_type(config)) + "\n"
+    return config_file(config).read_text(encoding="utf-8")
 
 
 def _models() -> list[dict[str, Any]]:

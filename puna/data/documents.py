@@ -160,7 +160,9 @@ def _read_row(line: bytes, where: str, name: str, field: str) -> Document | Data
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        return DataError(f"not a JSON row: {error.msg} at character {error.pos + 1}", where=where, fix=fix)
+        return DataError(
+            f"not a JSON row: {error.msg.removesuffix(' at')} at character {error.pos + 1}", where=where, fix=fix
+        )
     except (ValueError, RecursionError) as error:  # not UTF-8, a number without end, a thousand brackets
         return DataError(f"not a JSON row: {error}", where=where, fix=fix)
     if not isinstance(row, dict) or not isinstance(row.get(field), str):

@@ -10,19 +10,23 @@ from torch import Tensor
 
 from puna.data.shards import Shards
 from puna.errors import DataError
+from puna.ops.attention import Documents
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens with the label of every position."""
+    """Rows of tokens with the label of every position. Packed rows also have positions and documents."""
 
     tokens: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64: the next token, IGNORE where nothing is trained
     n: int
     """Trained tokens. `fit` divides the step's loss by the sum of these over micro-batches and ranks."""
+    positions: Tensor | None = None  # (B, T) int64, counted anew in each document
+    documents: Documents | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.tokens.to(device), self.labels.to(device), self.n)
+        positions = None if self.positions is None else self.positions.to(device)
+        return Batch(self.tokens.to(device), self.labels.to(device), self.n, positions, self.documents)
 
 
 class TokenLoader:

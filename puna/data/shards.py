@@ -95,7 +95,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError:
         raise DataError(
             "no token shards here", where=folder, fix="puna run data sources.path=TEXTS output=FOLDER"
         ) from None

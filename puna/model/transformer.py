@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from puna.model.cache import KVCache
 from puna.model.config import ModelConfig
-from puna.ops.attention import attention
+from puna.ops.attention import Mask, attention
 from puna.ops.norm import RMSNorm
 from puna.ops.rope import apply_rope, rope_frequencies, rope_tables, scale_frequencies
 
@@ -44,7 +44,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.n_heads * config.head_dim, config.dim)
 
     def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, layer: int, positions: Tensor
+        self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, layer: int, positions: Tensor
     ) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         q = apply_rope(self._heads(self.q_proj(x)), *rope)  # (B, H, T, D)
@@ -82,7 +82,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, layer: int, positions: Tensor
+        self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, layer: int, positions: Tensor
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer, positions)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | None = None,
         head: bool = True,
     ) -> Tensor:
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
         Args:
             tokens: (B, T) int64.
             positions: (B, T) int64; 0..T-1 by default.
-            mask: (B or 1, 1, T, S) boolean, True where a query may look; causal by default.
+            mask: what a query may see; causal by default (see ops/attention.py).
             cache: keys and values of earlier positions; read and extended.
             head: False returns the final hidden states, for losses that fuse the output projection.
 

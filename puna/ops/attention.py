@@ -1,35 +1,73 @@
-"""Scaled dot-product attention for grouped-query heads: an eager oracle and the fast path, one signature."""
+"""Scaled dot-product attention for grouped-query heads: an eager oracle and the fast path, one signature.
+
+What a query may see is said by `mask`: None is causal (T == S), a boolean tensor (B or 1, 1, T, S) is taken as it is,
+and `Documents` is causal inside each of the texts packed into a row and blind between them (Llama 3 section 3.2).
+"""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Documents:
+    """Texts packed into rows: (row, start, end) of each. What none of them covers is padding."""
+
+    spans: tuple[tuple[int, int, int], ...]
+
+    def dense(self, q: Tensor) -> Tensor:
+        """The same as a boolean tensor (B, 1, T, T); padding sees itself, since a softmax over nothing is NaN."""
+        mask = torch.eye(q.shape[-2], dtype=torch.bool, device=q.device).repeat(q.shape[0], 1, 1, 1)
+        for row, start, end in self.spans:
+            mask[row, 0, start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        return mask
+
+
+Mask = Tensor | Documents | None
+
+
+def attention_eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     """Attention as the papers write it; the oracle of every faster path.
 
     Args:
         q: (B, H, T, D).
         k, v: (B, K, S, D) with H a multiple of K; key head j serves the query heads j*H/K .. (j+1)*H/K - 1.
-        mask: (B or 1, 1, T, S) boolean, True where a query may look. None: causal, which needs T == S.
+        mask: what a query may see, see above.
 
     Returns:
         (B, H, T, D) in q's dtype; the softmax is at least fp32.
     """
     k, v = _repeat_heads(k, q), _repeat_heads(v, q)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if mask is None:
+    if isinstance(mask, Documents):
+        mask = mask.dense(q)
+    elif mask is None:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.to(wide).masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return weights.to(v.dtype) @ v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     """`attention_eager` through torch's fused kernels: no (T, S) matrix is kept for the backward."""
     # Repeating the key heads beats enable_gqa=True on CPU, where that flag falls back to the unfused kernel.
     k, v = _repeat_heads(k, q), _repeat_heads(v, q)
+    if isinstance(mask, Documents):
+        if q.device.type != "cpu":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(q))
+        return _by_document(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def _by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """One causal call a document: on a CPU the calls cost less than the scores a dense mask would throw away."""
+    out = torch.zeros_like(q)
+    for row, start, end in documents.spans:
+        part = (slice(row, row + 1), slice(None), slice(start, end))
+        out[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], is_causal=True)
+    return out
 
 
 def _repeat_heads(x: Tensor, q: Tensor) -> Tensor:

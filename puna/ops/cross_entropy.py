@@ -30,9 +30,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
     The gradient of a sum of cross-entropies is known as soon as the logits are (softmax - one-hot), so the forward
     makes it chunk by chunk and the logits are never kept: at 128k ids they are the largest tensor of training.
     """
+    trained = labels != IGNORE
+    if not trained.all():  # prompts of chat rows, padding: their logits would be thrown away
+        hidden, labels = hidden[trained], labels[trained]
     if not torch.is_grad_enabled():
         parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-        return torch.stack([linear_cross_entropy_eager(h, weight, t) for h, t in parts]).sum()
+        return sum((linear_cross_entropy_eager(h, weight, t) for h, t in parts), hidden.new_zeros(()).float())
     return _Chunked.apply(hidden, weight, labels, chunk)  # type: ignore[no-any-return]
 
 
@@ -47,14 +50,12 @@ class _Chunked(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if weight.requires_grad else None
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            h, label = hidden[rows], labels[rows]
-            trained = label != IGNORE
+            h, index = hidden[rows], labels[rows, None]
             log_probs = (h @ compute.T).to(wide).log_softmax(dim=-1)
-            index = label.clamp(min=0)[:, None]
-            total -= (log_probs.gather(1, index).squeeze(1) * trained).sum()
+            total -= log_probs.gather(1, index).sum()
             grad = log_probs.exp_()
             grad.scatter_add_(1, index, -torch.ones_like(index, dtype=wide))
-            grad = (grad * trained[:, None]).to(h.dtype)
+            grad = grad.to(h.dtype)
             grad_hidden[rows] = grad @ compute
             if grad_weight is not None:
                 grad_weight += grad.T @ h

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -126,7 +127,7 @@ def _evaluate(
             if not step:
                 break  # step 0 is the measuring of a time budget
             text = prompt + tokenizer.decode_after(before, row)
-            log.info("  | %s", text.replace("\n", "\n  | "))
+            log.info("  it writes: %s", shorten(text.replace("\n", " / "), 100, placeholder=" ..."))
             run.samples.write(step=step, prompt=prompt, text=text)
     if not valid.tokens:
         return {}

@@ -18,5 +18,5 @@ class Loss(NamedTuple):
 
 def next_token(model: Transformer, batch: Batch) -> Loss:
     """Sum of -log p(next token) over the trained positions."""
-    hidden = model(batch.tokens, head=False)
+    hidden = model(batch.tokens, positions=batch.positions, mask=batch.documents, head=False)
     return Loss(linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, batch.labels.flatten()), {})
