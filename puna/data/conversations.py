@@ -1,0 +1,139 @@
+"""Rows of chat data in the shapes people have, as messages: OpenAI, ShareGPT, Alpaca, prompt and completion columns."""
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from puna.config import Config, UserPath, nearest
+from puna.errors import DataError, UsageError
+
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "system": "system", "user": "user",
+          "assistant": "assistant", "tool": "tool", "function_call": "assistant", "observation": "tool"}  # fmt: skip
+_PAIRS = (("prompt", "completion"), ("question", "answer"), ("prompt", "response"), ("input", "output"))
+SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+
+
+class ChatSource(Config):
+    """Where conversations come from: a file, or procedural tasks of reasoning-gym."""
+
+    path: UserPath | None = None
+    """JSONL, JSON or Parquet with `messages`, `conversations`, instruction/input/output or prompt/completion."""
+    reasoning_gym: list[str] = []
+    """Names of reasoning-gym tasks, such as chain_sum."""
+    size: int = 1000
+    """Problems of each task."""
+    task_seed: int = 0
+    """Which problems; evaluation uses others."""
+
+
+class Conversation(NamedTuple):
+    """Messages and where they came from, `file:line`."""
+
+    where: str
+    messages: list[dict[str, Any]]
+
+
+def read_conversations(source: ChatSource) -> Iterator[Conversation]:
+    """Every conversation of the source.
+
+    Raises:
+        UsageError: nothing given. DataError: a file, a row or a task that cannot be read.
+    """
+    if source.path is None and not source.reasoning_gym:
+        raise UsageError("no conversations given", fix="data.path=FILE.jsonl, or data.reasoning_gym=[chain_sum]")
+    if source.path is not None:
+        for where, row in _rows(source.path):
+            yield Conversation(where, to_messages(row, where))
+    for task in source.reasoning_gym:
+        for number, (question, answer) in enumerate(problems(task, source.size, source.task_seed)):
+            yield Conversation(f"{task}:{number}", _turns(question, answer))
+
+
+def problems(task: str, size: int, seed: int) -> list[tuple[str, str]]:
+    """(question, answer) of a reasoning-gym task; a pure function of its arguments.
+
+    Raises:
+        DataError: the package is missing. UsageError: no such task.
+    """
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise DataError("reasoning-gym is not installed", fix="pip install reasoning-gym") from None
+    if task not in (known := list(reasoning_gym.factory.DATASETS)):
+        raise UsageError(f"no reasoning-gym task `{task}`" + nearest(task, known))
+    return [(str(p["question"]), str(p["answer"])) for p in reasoning_gym.create_dataset(task, size=size, seed=seed)]
+
+
+def to_messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """The messages of one row, whatever its shape.
+
+    Raises:
+        DataError: no known shape, naming the keys found.
+    """
+    turns = row.get("messages") or row.get("conversations")
+    if isinstance(turns, list):
+        return [_message(turn, where) for turn in turns]
+    if "instruction" in row and "output" in row:
+        question = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else str(row["instruction"])
+        system = [{"role": "system", "content": str(row["system"])}] if row.get("system") else []
+        return [*system, *_turns(question, str(row["output"]))]
+    for question, answer in _PAIRS:
+        if isinstance(row.get(question), str) and isinstance(row.get(answer), str):
+            return _turns(row[question], row[answer])
+    raise DataError(
+        f"no conversation in this row (found: {', '.join(map(str, row))})", where=where,
+        fix="keys messages, conversations, instruction and output, or prompt and completion",
+    )  # fmt: skip
+
+
+def _turns(question: str, answer: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _message(turn: Any, where: str) -> dict[str, Any]:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"a message is {type(turn).__name__}, not an object", where=where)
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise DataError(f"a message without role and text (found: {', '.join(map(str, turn))})", where=where)
+    kept = {"train": turn["train"]} if isinstance(turn.get("train"), bool) else {}
+    return {"role": _ROLES.get(role, role), "content": content, **kept}
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if not path.name.endswith(SUFFIXES):
+        raise DataError("not a file of conversations", where=path, cause=f"puna reads {', '.join(SUFFIXES)}")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
+            rows = ((f"{path}:{i}", row) for i, row in enumerate((r for b in batches for r in b.to_pylist()), 1))
+        elif ".jsonl" in path.name:
+            lines = enumerate(_open(path), 1)
+            rows = ((f"{path}:{i}", _parse(line, f"{path}:{i}")) for i, line in lines if line.strip())
+        else:
+            listed = _parse(b"".join(_open(path)), str(path))
+            rows = ((f"{path}:{i}", row) for i, row in enumerate(listed if isinstance(listed, list) else [listed], 1))
+        for where, row in rows:
+            if not isinstance(row, Mapping):
+                raise DataError(f"a row is {type(row).__name__}, not an object", where=where)
+            yield where, row
+    except FileNotFoundError:
+        raise DataError("no such file", where=path) from None
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"cannot be read: {error}", where=path) from None
+
+
+def _open(path: Path) -> Iterator[bytes]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        yield from stream
+
+
+def _parse(raw: bytes, where: str) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}", where=where) from None
