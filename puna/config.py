@@ -56,7 +56,7 @@ def load_config(kind: type[C], file: Path | None = None, given: Mapping[str, Any
     said: dict[Keys, str] = {}
     for key, value in (given or {}).items():
         keys = tuple(key.split("."))
-        _put(values, keys, value)
+        _put(values, keys, str(value) if isinstance(value, Path) else value)
         said[keys] = f"{key}={value}"
     try:
         return kind.model_validate(values)

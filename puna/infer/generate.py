@@ -1,6 +1,6 @@
 """The reference generation loop: plain, batched, ragged. Faster engines are tested against it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -21,6 +21,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    on_token: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_tokens` ids, a stop id included as the last one.
 
@@ -56,6 +57,8 @@ def generate(
         for row, token in enumerate(chosen.tolist()):
             if not done[row]:
                 out[row].append(token)
+                if on_token is not None and row == 0:
+                    on_token(token)
                 full = len(prompts[row]) + len(out[row]) >= limit
                 done[row] = token in stop_ids or len(out[row]) >= max_tokens or full
         lengths = [len(p) + len(o) - 1 for p, o in zip(prompts, out, strict=True)]

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from puna.checkpoint.adapter import CONFIG as ADAPTER
+from puna.checkpoint.adapter import base_of, load_adapter
 from puna.checkpoint.gguf_model import load_gguf
 from puna.checkpoint.model_directory import load_model, read_stop_ids, save_model
 from puna.checkpoint.registry import find_model
@@ -16,6 +19,7 @@ from puna.errors import UsageError
 from puna.files import atomic_folder
 from puna.infer.generate import generate
 from puna.model.transformer import Transformer
+from puna.tokenizer.chat import ChatFormat, Message
 from puna.tokenizer.tokenizer import Tokenizer
 
 
@@ -51,6 +55,15 @@ class Llama:
         texts = [self.tokenizer.decode_after(before, row) for before, row in zip(ids, rows, strict=True)]
         return texts[0] if isinstance(prompt, str) else texts
 
+    def chat(self, messages: Sequence[Message], max_tokens: int = 256, **sampling: Any) -> str:
+        """The assistant's answer to `[{"role": "user", "content": ...}, ...]`, by the model's chat template."""
+        return self.tokenizer.decode(self.continue_ids([self.template.prompt(messages)], max_tokens, **sampling)[0])
+
+    @cached_property
+    def template(self) -> ChatFormat:
+        """The model's chat template."""
+        return ChatFormat(self.tokenizer)
+
     def continue_ids(self, prompts: Sequence[Sequence[int]], max_tokens: int, **sampling: Any) -> list[list[int]]:
         """Ids that continue each prompt of ids, ended by one of `stop_ids` or by length."""
         return generate(self.model, prompts, max_tokens=max_tokens, stop_ids=self.stop_ids, **sampling)
@@ -62,7 +75,7 @@ class Llama:
 
 
 def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
-    """Load a model directory, a run folder, a .gguf file, or a registered name such as smollm2-135m.
+    """Load a model or adapter directory, a run folder, a .gguf file, or a registered name such as smollm2-135m.
 
     Args:
         dtype: fp32, bf16, fp64, or auto: bf16 where the hardware has native bf16.
@@ -73,6 +86,12 @@ def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
     where = choose_device(device)
     found = find_model(path)
     compute = choose_dtype(dtype, where)
+    if (found / ADAPTER).exists():
+        base = load(base_of(found), dtype=dtype, device=device)
+        load_adapter(base.model, found)
+        tokenizer = Tokenizer(found)
+        stops = dict.fromkeys([*tokenizer.stop_ids, *base.stop_ids])
+        return Llama(base.model.eval(), tokenizer, found, list(stops))
     if found.suffix == ".gguf":
         model, tokenizer = load_gguf(found, compute, where)
         return Llama(model, tokenizer, found, tokenizer.stop_ids)

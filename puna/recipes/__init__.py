@@ -8,17 +8,20 @@ from typing import Any
 from puna.config import Config, load_config, nearest, read_yaml
 from puna.errors import UsageError
 from puna.log import log, setup_logging
+from puna.train.run_report import write_run_report
 
 RECIPES = {
     "tokenizer": "train a tokenizer: text -> tokenizer folder",
     "data": "encode text into token shards: text + tokenizer -> shard folder",
     "pretrain": "pretrain a Llama: token shards -> run folder with a model",
+    "sft": "tune a model on conversations: model + rows -> run folder with an adapter or a model",
 }
 
 CONFIGS = {
     "quickstart/tokenizer": "2,048 ids from Shakespeare and the King James Bible",
     "quickstart/data": "the same text as shards, two plays held out",
     "quickstart/pretrain": "a 2M-parameter Llama 3 in two minutes on a laptop",
+    "smollm2-lora": "LoRA of SmolLM2-135M on three reasoning-gym tasks",
     "debug": "ten steps of a tiny model on your shards: does the machinery turn?",
 }
 
@@ -78,9 +81,11 @@ def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any
     """
     if not log.handlers:
         setup_logging()
-    if isinstance(config, Config):
-        return _module(recipe).main(config)
-    return _module(recipe).main(load(recipe, config, overrides))
+    settings = config if isinstance(config, Config) else load(recipe, config, overrides)
+    output = _module(recipe).main(settings)
+    if (output / "result.json").exists():
+        log.info("report: %s", write_run_report(output))
+    return output
 
 
 def _module(recipe: str) -> Any:

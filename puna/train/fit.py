@@ -108,8 +108,9 @@ def fit(
             state.step += 1
             state.tokens += row["n"]
             state.seconds += (took := time.perf_counter() - started)
-            run.metrics.write(step=state.step, **row, tokens=state.tokens, tok_s=row["n"] / took, seconds=state.seconds)
-            progress.update(state.step, f"loss {row['loss']:.3f}  {row['n'] / took:,.0f} tok/s")
+            tok_s = sum(batch.size for batch in micro) / took
+            run.metrics.write(step=state.step, **row, tokens=state.tokens, tok_s=tok_s, seconds=state.seconds)
+            progress.update(state.step, f"loss {row['loss']:.3f}  {tok_s:,.0f} tok/s")
             # Saved before it is validated: a crash in between loses a number, which the resumed run makes up for.
             if state.step % save_every == 0 or state.step == steps:
                 save_train_state(run, state, model, optimizer, batches, save_model)

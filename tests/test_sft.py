@@ -1,0 +1,157 @@
+"""Fine-tuning end to end on a tiny model: exact resume, adapters by name, merge, chat."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import puna
+from puna.errors import CheckpointError, UsageError
+from puna.log import Metrics
+from puna.recipes import run
+
+SMALL = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 48}
+
+
+@pytest.fixture(scope="module")
+def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A newborn model without a chat template."""
+    words = {"model": SMALL, "seq_len": 32, "steps": 5, "samples.prompts": [], "dtype": "fp32"}
+    return run("pretrain", output=tmp_path_factory.mktemp("base") / "run", data=shards, **words)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short conversations of every shape."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = []
+    for i in range(40):
+        question, answer = f"How many llamas are {i} and {i}?", f"{2 * i} llamas."
+        lines.append(
+            {"prompt": question, "completion": answer}
+            if i % 2
+            else {"instruction": question, "input": "", "output": answer}
+        )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def tune(base: Path, rows: Path, output: Path, **words: Any) -> Path:
+    options = {"template": "llama3", "data.path": rows, "seq_len": 96, "batch_size": 2, "steps": 9, "dtype": "fp32"}
+    options |= {
+        "train.save_every": 3,
+        "train.evaluate_every": 3,
+        "train.keep": 9,
+        "train.accumulate": 2,
+        "valid_fraction": 0.2,
+    }
+    return run("sft", model=base, output=output, **{**options, **words})
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tune(base, rows, tmp_path_factory.mktemp("sft") / "run")
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8.0, "dropout": 0.1}, None])
+def test_resume_is_bit_identical(lora: Any, base: Path, rows: Path, tmp_path: Path) -> None:
+    """Adapters, dropout and packed rows: killed after any checkpoint, the same bits in the end."""
+    straight = tune(base, rows, tmp_path / "straight", lora=lora)
+    shutil.copytree(straight, tmp_path / "resumed")
+    for gone in ("final", "checkpoints/step-6", "checkpoints/step-9"):
+        shutil.rmtree(tmp_path / "resumed" / gone)
+    resumed = tune(base, rows, tmp_path / "resumed", lora=lora)
+    ours, theirs = (
+        [{k: v for k, v in row.items() if k not in ("seconds", "tok_s")} for row in Metrics(f / "metrics.jsonl").read()]
+        for f in (resumed, straight)
+    )
+    assert ours == theirs
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    ours, theirs = load_file(resumed / "final" / name), load_file(straight / "final" / name)
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
+def test_it_learns_and_the_base_is_untouched(base: Path, tuned: Path) -> None:
+    """Only adapters are written, and the held-out loss falls."""
+    losses = [row["valid_loss"] for row in Metrics(tuned / "metrics.jsonl").read() if "valid_loss" in row]
+    assert losses[-1] < losses[0]
+    assert not (tuned / "final/model.safetensors").exists()
+    names = load_file(tuned / "final/adapter_model.safetensors")
+    assert all(n.startswith("base_model.model.model.layers.") and ".lora_" in n for n in names)
+    assert json.loads((tuned / "final/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert "<svg" in (tuned / "report.html").read_text()
+
+
+def test_trained_merged_saved_and_loaded_say_the_same(tuned: Path, tmp_path: Path) -> None:
+    """Trained is not merged is not exported is not served: the third most frequent silent failure."""
+    unmerged = puna.load(tuned, dtype="fp32")
+    messages = [{"role": "user", "content": "How many llamas are 3 and 3?"}]
+    done = subprocess.run(
+        [sys.executable, "-m", "puna", "merge", tuned, tmp_path / "merged", "--save-dtype", "fp32"], capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    merged = puna.load(tmp_path / "merged", dtype="fp32")
+    ids = [unmerged.template.prompt(messages)]
+    assert (merged.logits(ids) - unmerged.logits(ids)).abs().max() < 1e-5
+    assert merged.chat(messages, max_tokens=12) == unmerged.chat(messages, max_tokens=12)
+    assert merged.stop_ids == unmerged.stop_ids
+    with pytest.raises(UsageError, match="nothing to merge"):
+        _merge(tmp_path / "merged", tmp_path / "again")
+
+
+def _merge(source: Path, target: Path) -> None:
+    from puna.cli.chat import merge
+
+    merge(str(source), target, "bf16")
+
+
+def test_an_adapter_without_its_base_is_told(tuned: Path, tmp_path: Path) -> None:
+    """The base was moved: name it, do not answer with something else."""
+    shutil.copytree(tuned / "final", tmp_path / "adapter")
+    config = tmp_path / "adapter/adapter_config.json"
+    config.write_text(config.read_text().replace('"base_model_name_or_path": "', '"base_model_name_or_path": "/gone'))
+    with pytest.raises(CheckpointError, match="/gone"):
+        puna.load(tmp_path / "adapter")
+
+
+def test_chat_never_hands_escapes_to_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model's text is untrusted: an escape sequence could retitle, recolour or type."""
+    from puna.cli import chat
+
+    class Tokenizer:
+        def decode(self, ids: list[int]) -> str:
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    class Template:
+        def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+            return [1]
+
+    class Model:
+        tokenizer, template = Tokenizer(), Template()
+
+        def continue_ids(self, prompts: Any, on_token: Any, **options: Any) -> None:
+            for byte in "a\x1b]0;owned\x07\x1b[31mred\x9b31m é🦙\n".encode():
+                on_token(byte)
+
+    assert "\x1b" in chat._answer(Model(), [], {})
+    shown = capsys.readouterr().out
+    assert shown == "a]0;owned[31mred31m é🦙\n\n"
+
+
+def test_chat_reads_commands(tuned: Path, tmp_path: Path) -> None:
+    """Several lines, a system message, another try and saving, from a pipe."""
+    typed = f'/system Be brief.\n"""How many\nllamas?"""\n/retry\n/save {tmp_path}/c.json\n/quit\n'
+    command = [sys.executable, "-m", "puna", "chat", tuned, "--max-tokens", "3", "--dtype", "fp32"]
+    done = subprocess.run(command, input=typed, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    roles = [m["role"] for m in json.loads((tmp_path / "c.json").read_text())]
+    assert roles == ["system", "user", "assistant"]
+    assert json.loads((tmp_path / "c.json").read_text())[1]["content"] == "How many\nllamas?"
