@@ -35,7 +35,7 @@ def write_run_report(folder: Path) -> Path:
     recipe = read_yaml(folder / "resolved.yaml")["recipe"]
     line = f"{result['steps']:,} steps, {result['tokens']:,} trained tokens, {clock(result['seconds'])}"
     target = folder / "report.html"
-    write_report(target, Report(f"{recipe}: {folder.name}", line, sections))
+    write_report(target, Report(f"{recipe}: {folder}", line, sections))
     return target
 
 
