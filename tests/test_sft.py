@@ -155,3 +155,17 @@ def test_chat_reads_commands(tuned: Path, tmp_path: Path) -> None:
     roles = [m["role"] for m in json.loads((tmp_path / "c.json").read_text())]
     assert roles == ["system", "user", "assistant"]
     assert json.loads((tmp_path / "c.json").read_text())[1]["content"] == "How many\nllamas?"
+
+
+def test_data_show_marks_what_is_trained(base: Path, rows: Path, tmp_path: Path) -> None:
+    """The X-ray before step one: a mask that is off by a token is seen here, not in the loss."""
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"recipe: sft\nmodel: {base}\ntemplate: llama3\ndata: {{path: {rows}}}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "puna", "data", "show", config, "-n", "3"]
+    done = subprocess.run([*command, "train_on=last"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "llamas are 3 and 3?<|eot_id|>" in done.stdout
+    assert "\n\n[[6 llamas.<|eot_id|>]]\n" in done.stdout
+    listed = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True).stdout)
+    assert [p for p, t in zip(listed[0]["pieces"], listed[0]["trained"], strict=True) if t][-1] == "<|eot_id|>"
+    assert subprocess.run([*command[:-1], "99"], capture_output=True).returncode == 2

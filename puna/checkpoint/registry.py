@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+from puna.checkpoint.gguf import open_gguf
+from puna.checkpoint.gguf_model import gguf_tokenizer
 from puna.checkpoint.model_directory import checkpoints
 from puna.config import nearest
 from puna.errors import CheckpointError
 from puna.packages import Package
+from puna.tokenizer.tokenizer import Tokenizer
 
 REGISTERED = {
     "smollm2-135m": (
@@ -40,6 +43,14 @@ def find_model(name: str | Path, offline: bool = False) -> Path:
         "no model here" if path.exists() else "no such model" + nearest(str(name), list(REGISTERED)), where=path,
         cause="puna reads a model directory, a run folder, a .gguf file or a registered name", fix="puna runs ls",
     )  # fmt: skip
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """The tokenizer of a tokenizer folder, or of anything `find_model` finds; no weights are read."""
+    if (Path(name).expanduser() / "tokenizer.json").exists():
+        return Tokenizer(Path(name).expanduser())
+    found = find_model(name)
+    return gguf_tokenizer(open_gguf(found)) if found.suffix == ".gguf" else Tokenizer(found)
 
 
 def _holds_model(folder: Path) -> bool:

@@ -1,17 +1,22 @@
 """Verbs that look at what recipes wrote: tokenizer, data, runs."""
 
+import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from puna.cli.output import Json, print_fields, print_json, print_rows
-from puna.config import read_yaml
+from puna.config import parse_words, read_yaml
 from puna.errors import UsageError
 from puna.log import Metrics, clock
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of token shards.")]
-TokenizerFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="A tokenizer or model folder.")]
+TokenizerFolder = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A tokenizer, model or run folder, a .gguf file, or smollm2-135m.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -69,30 +74,71 @@ def inspect_tokenizer(folder: TokenizerFolder, as_json: bool = Json) -> None:
 
 
 def show_data(
-    folder: Folder,
-    split: Annotated[str, typer.Option(help="train or valid.")] = "train",
+    source: Annotated[str, typer.Argument(metavar="FOLDER|CONFIG", help="Token shards, or an sft config.")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the config's.", show_default=False)
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of shards: train or valid.")] = "train",
     document: Annotated[list[int] | None, typer.Option("-n", help="Number of a document; may be repeated.")] = None,
-    tokens: Annotated[int, typer.Option(help="Ids to show of each.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Ids to show of each.")] = 400,
     as_json: bool = Json,
 ) -> None:
-    """Documents as the model meets them: provenance, ids, and the text the ids decode to."""
-    from puna.data.shards import Shards
-
-    shards, tokenizer = Shards(folder, split), _tokenizer(folder / "tokenizer")
-    rows = []
-    for number in document or [0]:
-        row, ids = shards.document(number)
-        part = ids[:tokens].tolist()
-        rows.append(
-            {**row, "document": number, "tokens": len(ids), "ids": part, "text": tokenizer.decode(part, special=True)}
-        )
+    """What the model meets: documents of shards, or conversations of an sft config with what is trained marked."""
+    rows = _documents(Path(source), split, document or [0]) if Path(source).is_dir() else None
+    if rows is None:
+        rows = _conversations(source, words or [], document or [0, 1])
     if as_json:
         print_json(rows)
         return
     for row in rows:
-        print(f"# document {row['document']}: {row['name']}, {row['bytes']:,} bytes, {row['tokens']:,} tokens")
-        print(*row["ids"])
-        print(row["text"])
+        print(f"# {row['name']}: {len(row['ids']):,} tokens, {sum(row['trained']):,} trained")
+        print(_marked(row["pieces"][:tokens], row["trained"][:tokens]))
+
+
+def _documents(folder: Path, split: str, numbers: list[int]) -> list[dict[str, Any]]:
+    from puna.data.shards import Shards
+
+    shards, tokenizer = Shards(folder, split), _tokenizer(folder / "tokenizer")
+    rows = []
+    for number in numbers:
+        row, ids = shards.document(number)
+        rows.append({"name": row["name"], "ids": ids.tolist(), "trained": [False] + [True] * (len(ids) - 1)})
+    return [{**row, "pieces": _pieces(tokenizer, row["ids"])} for row in rows]
+
+
+def _conversations(config: str, words: list[str], numbers: list[int]) -> list[dict[str, Any]]:
+    from puna.recipes import config_file, load, recipe_of
+    from puna.recipes.sft import encode
+
+    recipe = recipe_of(config_file(config))
+    if recipe != "sft":
+        raise UsageError(
+            f"a config for {recipe} has no conversations", where=config, fix="a folder of shards, or an sft config"
+        )
+    settings: Any = load(recipe, config, parse_words(words))
+    tokenizer, rows = encode(settings, _tokenizer(settings.model))
+    if outside := [n for n in numbers if not 0 <= n < len(rows)]:
+        raise UsageError(f"no conversation {outside}", cause=f"there are {len(rows)}")
+    shown = [(n, rows[n]) for n in numbers]
+    return [
+        {"name": f"conversation {n}", "ids": row.ids, "trained": row.trained, "pieces": _pieces(tokenizer, row.ids)}
+        for n, row in shown
+    ]
+
+
+def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text of each id; one that is no whole character shows as its replacement."""
+    return [tokenizer.decode([i], special=True) for i in ids]
+
+
+def _marked(pieces: list[str], trained: list[bool]) -> str:
+    """Trained text green on a terminal, in double brackets elsewhere."""
+    begin, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[[", "]]")
+    text, on = "", False
+    for piece, flag in zip(pieces, trained, strict=True):
+        text += (begin if flag else end) * (flag != on) + _CONTROL.sub("\ufffd", piece)
+        on = flag
+    return text + end * on
 
 
 def stats(folder: Folder, as_json: bool = Json) -> None:
@@ -152,8 +198,7 @@ def _state(folder: Path) -> str:
     return f"{recipe}, {'finished' if (folder / 'final').exists() else 'unfinished'}, {steps} steps"
 
 
-def _tokenizer(folder: Path) -> Any:
-    from puna.checkpoint.registry import find_model
-    from puna.tokenizer.tokenizer import Tokenizer
+def _tokenizer(name: str | Path) -> Any:
+    from puna.checkpoint.registry import load_tokenizer
 
-    return Tokenizer(folder if (folder / "tokenizer.json").exists() or not folder.exists() else find_model(folder))
+    return load_tokenizer(name)

@@ -73,18 +73,11 @@ def main(config: Config) -> Path:
     with open_run(config) as run:
         torch.set_num_threads(run.once("threads", calibrate_threads))
         llama = _load(config)
-        chat = ChatFormat(llama.tokenizer, config.template)
-        tokenizer = Tokenizer({**llama.tokenizer.files, "chat_template.jinja": chat.source.encode()})
-        rows = encode_conversations(read_conversations(config.data), chat, config.seq_len, config.train_on)
+        tokenizer, rows = encode(config, llama.tokenizer)
         train, valid = _split(rows, config.valid_fraction)
         batches = PackedLoader(train, config.seq_len, config.batch_size, tokenizer.eos_id, config.seed)
-        log.info(
-            "%d conversations in %d rows of %d ids, %d held out",
-            len(train),
-            len(batches.packs),
-            config.seq_len,
-            len(valid),
-        )
+        what = f"{len(train)} conversations in {len(batches.packs)} rows of {config.seq_len} ids"
+        log.info("%s, %d held out", what, len(valid))
         held_out = PackedLoader(valid, config.seq_len, config.batch_size, tokenizer.eos_id, 0) if valid else None
         made_from = lineage(config, data=batches.fingerprint, parents=[config.model])
         save: Any = partial(save_model, model=llama.model, save_dtype=config.save_dtype, tokenizer=tokenizer)
@@ -104,6 +97,13 @@ def main(config: Config) -> Path:
         write_json(run.folder / "result.json", result)
     log.info("tuned in %s: %s", clock(state.seconds), run.final)
     return config.output
+
+
+def encode(config: Config, tokenizer: Tokenizer) -> tuple[Tokenizer, list[Encoded]]:
+    """The tokenizer with the chat template in force, and every conversation as ids and mask."""
+    chat = ChatFormat(tokenizer, config.template)
+    rows = encode_conversations(read_conversations(config.data), chat, config.seq_len, config.train_on)
+    return Tokenizer({**tokenizer.files, "chat_template.jinja": chat.source.encode()}), rows
 
 
 def _load(config: Config) -> Llama:
