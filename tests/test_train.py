@@ -23,7 +23,7 @@ from puna.checkpoint.model_directory import load_model
 from puna.data.loader import Batch
 from puna.data.shards import Shards
 from puna.errors import CheckpointError, DataError, NumericError, ResourceError, UsageError
-from puna.eval import bits_per_byte
+from puna.eval.perplexity import bits_per_byte
 from puna.infer.llama import Llama
 from puna.log import Metrics
 from puna.model.config import ModelConfig

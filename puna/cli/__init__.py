@@ -6,7 +6,7 @@ import traceback
 import typer
 
 from puna import __version__
-from puna.cli import chat, configs, look, models, quickstart
+from puna.cli import chat, configs, evaluate, look, models, quickstart
 from puna.errors import PunaError
 from puna.files import DISK_FULL
 from puna.log import setup_logging
@@ -22,6 +22,7 @@ app = typer.Typer(
 configs.register(app)
 models.register(app)
 chat.register(app)
+evaluate.register(app)
 look.register(app)
 quickstart.register(app)
 _GLOBAL = {"-v", "--verbose", "-q", "--quiet"}

@@ -15,7 +15,7 @@ from puna.data.loader import TokenLoader
 from puna.data.shards import Shards, read_index
 from puna.device import calibrate_threads, choose_device, choose_dtype
 from puna.errors import UsageError
-from puna.eval import bits_per_byte
+from puna.eval.perplexity import bits_per_byte
 from puna.files import atomic_folder, write_json
 from puna.infer.generate import generate
 from puna.log import clock, log

@@ -1,18 +1,40 @@
 """Perplexity of a model on held-out text, in the unit that compares across tokenizers: bits per byte."""
 
 import math
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from puna.data.shards import Shards
 from puna.model.transformer import Transformer
 from puna.ops.cross_entropy import linear_cross_entropy
+from puna.tokenizer.tokenizer import Tokenizer
+
+
+class Ids(Protocol):
+    """A text as ids: token shards, or `InMemory`."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def read(self, start: int, length: int) -> np.ndarray: ...
+
+
+class InMemory:
+    """Ids in memory, read as shards are."""
+
+    def __init__(self, ids: list[int], size: int):
+        self.ids, self.tokens, self.bytes = np.asarray(ids), len(ids), size
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        return self.ids[start : start + length]
 
 
 @torch.no_grad()
 def bits_per_byte(
-    model: Transformer, shards: Shards, seq_len: int, batch_size: int, max_windows: int | None = None
+    model: Transformer, shards: Ids, seq_len: int, batch_size: int, max_windows: int | None = None
 ) -> float:
     """-log2 p(text) / bytes, over windows of `seq_len` end to end; a window sees nothing of the one before.
 
@@ -36,7 +58,18 @@ def bits_per_byte(
     return float(nats) / math.log(2) / (shards.bytes * scored / (shards.tokens - 1))
 
 
-def _windows(shards: Shards, chosen: range, seq_len: int) -> list[Tensor]:
+def text_bits_per_byte(
+    model: Transformer, tokenizer: Tokenizer, text: str, seq_len: int | None = None
+) -> tuple[float, float, int]:
+    """(bits per byte, perplexity per token, tokens scored) of a text after BOS; windows of the whole context."""
+    ids = InMemory([tokenizer.bos_id, *tokenizer.encode(text)], len(text.encode()))
+    length = min(seq_len or model.config.max_seq_len, 2048)
+    bits = bits_per_byte(model, ids, length, batch_size=max(1, 4096 // length))
+    scored = ids.tokens - 1
+    return bits, 2 ** (bits * ids.bytes / scored), scored
+
+
+def _windows(shards: Ids, chosen: range, seq_len: int) -> list[Tensor]:
     """The chosen windows as batches of one length: the last window of the split may be shorter than the rest."""
     rows: dict[int, list[Tensor]] = {}
     for index in chosen:

@@ -1,0 +1,83 @@
+"""Scores: what counts as right, intervals, and perplexity against a token-by-token sum."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_model import BASE, build
+
+from puna.eval import tasks
+from puna.eval.perplexity import text_bits_per_byte
+from puna.eval.tasks import Score, evaluate_task, in_batches, majority, matches
+from puna.model.config import ModelConfig
+from puna.tokenizer.tokenizer import Tokenizer
+
+RIGHT = [("The sum is 7.", "7"), ("1 + 2 = 3", "3"), ("It is -4", "-4"), ("1,234", "1234"), ("It is 'Nus'!", "nus")]
+WRONG = [("7 and 8", "7"), ("", "7"), ("-4", "4"), ("nusx", "nus"), ("17", "7"), ("seven", "7")]
+
+
+@pytest.mark.parametrize(("reply", "right"), RIGHT)
+def test_lenient_finds_the_answer(reply: str, right: str) -> None:
+    """Format alone must not count: the base model answers in sentences."""
+    assert matches(reply, right)
+
+
+@pytest.mark.parametrize(("reply", "right"), WRONG)
+def test_lenient_is_not_blind(reply: str, right: str) -> None:
+    """A scorer that finds the answer anywhere rewards a model that lists everything."""
+    assert not matches(reply, right)
+
+
+def test_wilson_intervals() -> None:
+    """Published values; a normal interval would be empty at 0 of 10."""
+    assert Score("x", 0, 10).interval == pytest.approx((0, 0.2775), abs=1e-4)
+    assert Score("x", 5, 10).interval == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert Score("x", 10, 10).interval == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task like reasoning-gym's, as a pure function of (size, seed)."""
+
+    def problems(task: str, size: int, seed: int) -> list[tuple[str, str]]:
+        return [(f"{seed % 7}+{i}", str(seed % 7 + i % 3)) for i in range(size)]
+
+    monkeypatch.setattr(tasks, "problems", problems)
+
+
+def test_every_question_gets_its_own_answer(sums: None) -> None:
+    """Sorted into batches, a reply that lands on its neighbour's question scores at chance."""
+    seen: list[list[dict[str, Any]]] = []
+
+    def answer(conversations: list[list[dict[str, Any]]]) -> list[str]:
+        assert len(conversations) <= 4
+        seen.extend(conversations)
+        return [
+            str(int(c[-1]["content"].split("+")[0]) + int(c[-1]["content"].split("+")[1]) % 3) for c in conversations
+        ]
+
+    score = evaluate_task("sums", in_batches(answer, 4, lambda done: None), 30, shots=2)
+    assert (score.right, score.n) == (30, 30)
+    assert {len(c) for c in seen} == {5}
+    asked = {c[-1]["content"] for c in seen}
+    assert not asked & {m["content"] for c in seen for m in c[:-1]}  # a shot that is the question gives it away
+    assert evaluate_task("sums", lambda cs: [" no "] * len(cs), 5).right == 0
+    assert majority("sums", 30).n == 30
+
+
+def test_text_perplexity_equals_the_sum(tokenizer_folder: Path) -> None:
+    """Bits per byte compare across tokenizers only if every byte and every token is counted once."""
+    tokenizer = Tokenizer(tokenizer_folder)
+    model = build(ModelConfig(**{**BASE, "vocab_size": tokenizer.vocab_size, "max_seq_len": 16}), torch.float64).eval()
+    text = "The llamas graze: 12 of 345. 🦙"
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 16):
+        window = torch.tensor([ids[start : start + 17]])
+        nats -= model(window[:, :-1]).log_softmax(-1).gather(2, window[:, 1:, None]).sum().item()
+    bits, perplexity, scored = text_bits_per_byte(model, tokenizer, text)
+    assert scored == len(ids) - 1
+    assert bits == pytest.approx(nats / math.log(2) / len(text.encode()))
+    assert perplexity == pytest.approx(math.exp(nats / scored))
