@@ -39,10 +39,10 @@ def test_wilson_intervals() -> None:
 
 @pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task like reasoning-gym's, as a pure function of (size, seed)."""
+    """A task like reasoning-gym's: problem i of seed s is problem i - 1 of seed s + 1."""
 
     def problems(task: str, size: int, seed: int) -> list[tuple[str, str]]:
-        return [(f"{seed % 7}+{i}", str(seed % 7 + i % 3)) for i in range(size)]
+        return [(f"{seed + i}+{i}", str(seed + i + i % 3)) for i in range(size)]
 
     monkeypatch.setattr(tasks, "problems", problems)
 

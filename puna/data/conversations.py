@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import Field
+
 from puna.config import Config, UserPath, nearest
 from puna.errors import DataError, UsageError
 
@@ -22,10 +24,10 @@ class ChatSource(Config):
     """JSONL, JSON or Parquet with `messages`, `conversations`, instruction/input/output or prompt/completion."""
     reasoning_gym: list[str] = []
     """Names of reasoning-gym tasks, such as chain_sum."""
-    size: int = 1000
+    size: int = Field(default=1000, ge=1, lt=1 << 23)
     """Problems of each task."""
-    task_seed: int = 0
-    """Which problems; evaluation uses others."""
+    task_seed: int = Field(default=0, ge=0, lt=1 << 23)
+    """The first problem; evaluation asks others."""
 
 
 class Conversation(NamedTuple):

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from puna.data.conversations import problems
 
-_SEED = 1 << 20  # evaluation draws from here on, training from 0: the same problem only by chance
+# Problem i of seed s is problem i - 1 of seed s + 1, so training (from 0), solved examples and questions are far apart.
+_SOLVED, _ASKED = 1 << 24, 1 << 25
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 Answer = Callable[[list[list[dict[str, Any]]]], list[str]]
 """Conversations that end with a question -> the answers."""
@@ -39,8 +40,8 @@ def evaluate_task(task: str, answer: Answer, limit: int, shots: int = 0, lenient
     Args:
         lenient: the right answer may stand inside a sentence (`matches`); else the reply has to be it.
     """
-    asked = problems(task, limit, _SEED + seed)
-    solved = problems(task, shots, _SEED - 1 - seed) if shots else []
+    asked = problems(task, limit, _ASKED + seed)
+    solved = problems(task, shots, _SOLVED + seed) if shots else []
     before = [m for q, a in solved for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
     replies = answer([[*before, {"role": "user", "content": question}] for question, _ in asked])
     score = matches if lenient else _equals
@@ -50,7 +51,7 @@ def evaluate_task(task: str, answer: Answer, limit: int, shots: int = 0, lenient
 def majority(task: str, limit: int, seed: int = 0) -> Score:
     """What always giving the most frequent training answer would score on the same problems."""
     guess = Counter(answer for _, answer in problems(task, 1000, 0)).most_common(1)[0][0]
-    asked = problems(task, limit, _SEED + seed)
+    asked = problems(task, limit, _ASKED + seed)
     return Score(task, sum(_equals(guess, right) for _, right in asked), limit)
 
 
