@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ def problems(task: str, size: int, seed: int) -> list[tuple[str, str]]:
         DataError: the package is missing. UsageError: no such task.
     """
     try:
-        import reasoning_gym
+        reasoning_gym: Any = import_module("reasoning_gym")  # an extra
     except ImportError:
         raise DataError("reasoning-gym is not installed", fix="pip install reasoning-gym") from None
     if task not in (known := list(reasoning_gym.factory.DATASETS)):
