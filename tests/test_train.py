@@ -1,5 +1,6 @@
 """The loop's promises: the loss denominator, exact resume, guards, checkpoints that others open."""
 
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from puna.model.config import ModelConfig
 from puna.ops.cross_entropy import IGNORE
 from puna.recipes import run
 from puna.tokenizer.tokenizer import Tokenizer
+from puna.train import budget
 from puna.train.fit import build_optimizer, train_step
 from puna.train.guard import Guard
 from puna.train.objectives import Loss, next_token
@@ -280,17 +283,25 @@ def test_norms_do_not_decay() -> None:
     assert (kept["weight_decay"], len(kept["params"])) == (0.0, 2 * 2 + 1)
 
 
-def test_the_steps_of_a_time_budget_are_stored(shards: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock for the budget alone that moves 20 ms at every look: no test may depend on how busy a machine is."""
+    ticks = itertools.count()
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: 0.02 * next(ticks)))
+
+
+def test_the_steps_of_a_time_budget_are_stored(steady: None, shards: Path, tmp_path: Path) -> None:
     """Measured once; a resumed run that measured again would have another schedule."""
     folder = run("pretrain", **{**TINY, "output": tmp_path / "run", "data": shards, "seconds": 1.5})
     plan = json.loads((folder / "measured.json").read_text())["plan"]
-    assert len(losses(folder)) == plan["steps"] >= 10
+    # 0.92 x 1.5 s, less 0.48 s of measuring and five validations of 20 ms, at 20 ms a step
+    assert len(losses(folder)) == plan["steps"] == 40
     shutil.rmtree(folder / "final")
     run("pretrain", **{**TINY, "output": folder, "data": shards, "seconds": 1.5})
     assert len(losses(folder)) == plan["steps"]
 
 
-def test_the_probe_leaves_no_trace(shards: Path, tmp_path: Path) -> None:
+def test_the_probe_leaves_no_trace(steady: None, shards: Path, tmp_path: Path) -> None:
     """A run with a measured number of steps starts from the same weights and data as one told that number."""
     measured = run("pretrain", **{**TINY, "output": tmp_path / "measured", "data": shards, "seconds": 1.5})
     told = pretrain(tmp_path / "told", shards, steps=len(losses(measured)))
