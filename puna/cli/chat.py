@@ -1,17 +1,16 @@
 """`puna chat` and `puna merge`."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from puna.cli.output import harmless
 from puna.errors import UsageError
 from puna.log import log
 
-_UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would obey
 _HELP = 'Type a message; """ begins and ends one of several lines. /system TEXT, /retry, /save FILE, /quit.'
 
 
@@ -104,7 +103,7 @@ def _answer(llama: Any, messages: list[dict[str, str]], options: dict[str, Any])
         ids.append(token)
         text = llama.tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # half a character waits for its other half
-            print(_UNSAFE.sub("", text[len(shown) :]), end="", flush=True)
+            print(harmless(text[len(shown) :]), end="", flush=True)
             shown = text
 
     try:

@@ -1,18 +1,16 @@
 """Verbs that look at what recipes wrote: tokenizer, data, runs."""
 
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from puna.cli.output import Json, print_fields, print_json, print_rows
+from puna.cli.output import Json, harmless, print_fields, print_json, print_rows
 from puna.config import parse_words, read_yaml
 from puna.errors import UsageError
 from puna.log import Metrics, clock
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of token shards.")]
 TokenizerFolder = Annotated[
     str, typer.Argument(metavar="MODEL", help="A tokenizer, model or run folder, a .gguf file, or smollm2-135m.")
@@ -136,7 +134,7 @@ def _marked(pieces: list[str], trained: list[bool]) -> str:
     begin, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[[", "]]")
     text, on = "", False
     for piece, flag in zip(pieces, trained, strict=True):
-        text += (begin if flag else end) * (flag != on) + _CONTROL.sub("\ufffd", piece)
+        text += (begin if flag else end) * (flag != on) + harmless(piece, "\ufffd")
         on = flag
     return text + end * on
 

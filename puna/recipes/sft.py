@@ -86,12 +86,8 @@ def main(config: Config) -> Path:
         evaluate = partial(_evaluate, held_out=held_out)
         saved = partial(save, lineage=made_from)
         state = fit(run, llama.model, batches, next_token, config.train, config.steps, evaluate, saved)
-        result = {
-            "steps": state.step,
-            "tokens": state.tokens,
-            "seconds": state.seconds,
-            **evaluate(llama.model, state.step),
-        }
+        result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
+        result |= {k: row[k] for row in run.metrics.read() for k in ("valid_loss",) if k in row}  # the last one stays
         with atomic_folder(run.final) as folder:
             save(folder, lineage={**made_from, "metrics": result})
         write_json(run.folder / "result.json", result)

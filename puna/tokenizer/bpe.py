@@ -40,7 +40,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         DataError: the text is too small for that many ids.
     """
     engine = tokenizers.Tokenizer(models.BPE())
-    engine.pre_tokenizer = _pre_tokenizer()  # type: ignore[assignment]
+    engine.pre_tokenizer = llama3_split()  # type: ignore[assignment]
     size = vocab_size - N_SPECIAL
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if size < len(alphabet):
@@ -64,7 +64,7 @@ def save_bpe(ranks: dict[bytes, int], folder: Path) -> None:
     """Write tokenizer.json, tokenizer.model (tiktoken ranks) and tokenizer_config.json."""
     specials = special_tokens()
     engine = tokenizers.Tokenizer(_bpe_model(ranks))
-    engine.pre_tokenizer = _pre_tokenizer()  # type: ignore[assignment]
+    engine.pre_tokenizer = llama3_split()  # type: ignore[assignment]
     engine.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     engine.add_special_tokens([tokenizers.AddedToken(s, special=True, normalized=False) for s in specials])
     bos = (specials[0], engine.token_to_id(specials[0]))
@@ -89,7 +89,8 @@ def byte_of_character() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(moved)}
 
 
-def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+def llama3_split() -> pre_tokenizers.PreTokenizer:
+    """Llama 3's pre-tokenizer: the pattern, then bytes as printable characters."""
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),

@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from puna.errors import DataError
-from puna.tokenizer.bpe import SPLIT
+from puna.tokenizer.bpe import llama3_split
 
 _CONTROL, _USER = 3, 4
 
@@ -66,16 +66,7 @@ def _smollm() -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _llama3() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-_SPLITS = {"smollm": _smollm, "llama-bpe": _llama3}
+_SPLITS = {"smollm": _smollm, "llama-bpe": llama3_split}
 
 
 def _list(metadata: Mapping[str, Any], name: str) -> list[Any]:
