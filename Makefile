@@ -33,10 +33,10 @@ clean:
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing $(TORCH) and puna into .venv (some minutes on a slow line)"
 	@$(PIP) install --quiet $(INDEX) '$(TORCH)'
-	@$(PIP) install --quiet --constraint constraints.txt $(EDITABLE) .
+	@$(PIP) install --quiet --constraint constraints.txt $(EDITABLE) '.[quickstart]'
 	@touch $@
 
 .venv/dev: .venv/core
 	@echo "installing the development tools into .venv"
-	@$(PIP) install --quiet --constraint constraints.txt $(EDITABLE) '.[dev]'
+	@$(PIP) install --quiet --constraint constraints.txt $(EDITABLE) '.[dev,quickstart]'
 	@touch $@

@@ -28,7 +28,8 @@ CSS = """
 * { box-sizing: border-box }
 html { background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; text-size-adjust: 100% }
 body { max-width: 58rem; margin: 0 auto; padding: 2rem 1rem 3rem; overflow-wrap: anywhere }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 } h2 { font-size: 1.125rem; margin: 2.5rem 0 .5rem }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 }
+h2 { font-size: 1.125rem; margin: 2.5rem 0 .5rem } .part { font-size: 1.5rem; margin: 5rem 0 0 }
 p, ul, ol, figure { margin: 0; padding: 0; list-style: none }
 .soft { color: var(--soft) } .note { color: var(--soft); font-size: .875rem; margin: .25rem 0 .5rem }
 .s0 { color: var(--s0) } .s1 { color: var(--s1) } .s2 { color: var(--s2) }
@@ -100,10 +101,21 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Heading:
+    """Begins a part of a page that tells of several runs."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Report:
     title: str
     subtitle: str
-    sections: Sequence[Curves | Table | Samples | Facts]
+    sections: Sequence["Section"]
+
+
+Section = Heading | Curves | Table | Samples | Facts
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -130,8 +142,10 @@ def write_report(path: Path, report: Report) -> None:
     write_text(path, page)
 
 
-def _section(number: int, section: Curves | Table | Samples | Facts) -> str:
+def _section(number: int, section: Section) -> str:
     match section:
+        case Heading():
+            return f'\n<h2 class="part">{_text(section.title)}</h2>\n<p class="soft">{_text(section.text)}</p>'
         case Curves():
             body = _curves(number, section)
         case Table():

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import transformers
 
+from puna.data.conversations import Conversation
+from puna.data.packing import PackedLoader, encode_conversations
 from puna.errors import DataError
+from puna.ops.cross_entropy import IGNORE
 from puna.tokenizer.chat import BUNDLED, ChatFormat, bundled
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -80,6 +83,45 @@ def test_trained_tokens_equal_a_hand_written_oracle(
     end = tokenizer.special_tokens[PIECES[template][2]]
     answers = [m for m in messages if m["role"] == "assistant" and m.get("train", True)]
     assert sum(t and i == end for i, t in zip(ids, trained, strict=True)) == (len(answers) if train == "all" else 1)
+
+
+@pytest.mark.parametrize("pad", ["another id", "the end-of-turn id"])
+@pytest.mark.parametrize("seq_len", [75, 200])
+@pytest.mark.parametrize("template", BUNDLED)
+def test_packed_labels_equal_the_oracle(
+    template: str, seq_len: int, pad: str, tokenizers_by_template: dict[str, Tokenizer]
+) -> None:
+    """Cut and packed rows: each label is the next id where the oracle trains it, whatever pads the row.
+
+    SmolLM2 pads with the id that ends a turn; masking labels by that id would leave the end untrained.
+    """
+    tokenizer = tokenizers_by_template[template]
+    end = tokenizer.special_tokens[PIECES[template][2]]
+    chat, conversations = ChatFormat(tokenizer, template), [c for c in CONVERSATIONS.values() if len(c) > 3]
+    expected = [oracle(tokenizer, template, c, "all") for c in conversations]
+    named = [Conversation(f"x:{i}", c) for i, c in enumerate(conversations)]
+    rows = encode_conversations(named, chat, seq_len, "all")
+    loader = PackedLoader(rows, seq_len, 2, pad_id=end if pad == "the end-of-turn id" else 3, seed=0)
+    batch, kept = loader.batch(loader.packs), 0
+    assert batch.documents is not None
+    spans = dict(zip([i for p in loader.packs for i in p], batch.documents.spans, strict=True))
+    for number, (row, start, stop) in spans.items():
+        ids, trained = (part[:seq_len] for part in expected[number])
+        assert batch.tokens[row, start:stop].tolist() == ids
+        labels = batch.labels[row, start:stop].tolist()
+        assert labels == [ids[i + 1] if trained[i + 1] else IGNORE for i in range(len(ids) - 1)] + [IGNORE]
+        kept += sum(trained[1:])
+        if seq_len == 200 and all(m.get("train", True) for m in conversations[number]):
+            assert labels.count(end) == sum(m["role"] == "assistant" for m in conversations[number])
+    assert batch.n == kept == int((batch.labels != IGNORE).sum())
+
+
+def test_an_end_that_generation_ignores_is_refused(tokenizers_by_template: dict[str, Tokenizer]) -> None:
+    """A model that learns to end its turn with an id that nobody stops at talks on for ever."""
+    tokenizer = tokenizers_by_template["llama3"]
+    source = bundled("llama3").replace("<|eot_id|>", "<|reserved_special_token_9|>")
+    with pytest.raises(DataError, match="does not stop"):
+        ChatFormat(tokenizer, source).encode(TURNS)
 
 
 @pytest.mark.parametrize("template", BUNDLED)

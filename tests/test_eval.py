@@ -10,7 +10,7 @@ from test_model import BASE, build
 
 from puna.eval import tasks
 from puna.eval.perplexity import text_bits_per_byte
-from puna.eval.tasks import Score, evaluate_task, in_batches, majority, matches
+from puna.eval.tasks import Score, TaskConfig, compare, evaluate_task, gain, in_batches, majority, matches
 from puna.model.config import ModelConfig
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -32,17 +32,39 @@ def test_lenient_is_not_blind(reply: str, right: str) -> None:
 
 def test_wilson_intervals() -> None:
     """Published values; a normal interval would be empty at 0 of 10."""
-    assert Score("x", 0, 10).interval == pytest.approx((0, 0.2775), abs=1e-4)
-    assert Score("x", 5, 10).interval == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert Score("x", 10, 10).interval == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert Score("x", "0" * 10).interval == pytest.approx((0, 0, 0.2775), abs=1e-4)
+    assert Score("x", "01" * 5).interval == pytest.approx((0.2366, 0.5, 0.7634), abs=1e-4)
+    assert Score("x", "1" * 10).interval == pytest.approx((0.7225, 1, 1.0), abs=1e-4)
+
+
+def test_gains_are_paired() -> None:
+    """On the same problems the doubt is in those where the two differ; taken as independent it hides real gains."""
+    before, after = Score("x", "1" * 40 + "0" * 60), Score("x", "1" * 38 + "0" * 2 + "1" * 12 + "0" * 48)
+    won, lost, n = 12.5, 2.5, 102  # Agresti and Min 2005, equation for the adjusted Wald interval
+    half = 1.959964 * math.sqrt(won + lost - (won - lost) ** 2 / n) / n
+    assert gain(before, after) == pytest.approx(((won - lost) / n - half, 0.10, (won - lost) / n + half))
+    low, value, high = gain(before, before)
+    assert low < 0 == value < high
+
+
+def test_the_gain_is_over_the_better_guess(sums: None) -> None:
+    """A model that learned to say the most frequent answer has learned nothing."""
+    config = TaskConfig(tasks={"sums": {}}, limit=20)
+    answers = "1" * 10 + "0" * 10
+    row = compare({"sums": "0" * 20}, {"sums": answers}, config)[0]
+    best = max(Score("sums", "0" * 20), majority("sums", 20), key=lambda s: s.right)
+    assert row["gain"] == gain(best, Score("sums", answers))
+    assert row["before"][1] == 0
+    assert row["after"][1] == 0.5
 
 
 @pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task like reasoning-gym's: problem i of seed s is problem i - 1 of seed s + 1."""
+    """A task like reasoning-gym's; what is kept for evaluation is asked from one million on."""
 
-    def problems(task: str, size: int, seed: int) -> list[tuple[str, str]]:
-        return [(f"{seed + i}+{i}", str(seed + i + i % 3)) for i in range(size)]
+    def problems(task: str, size: int, seed: int = 0, settings: Any = None, unseen: bool = False) -> list:
+        first = seed + unseen * 1_000_000
+        return [(f"{first + i}+{i}", str(first + i + i % 3)) for i in range(size)]
 
     monkeypatch.setattr(tasks, "problems", problems)
 

@@ -27,6 +27,19 @@ def test_cached_ragged_batch_equals_full_forwards() -> None:
     assert generate(model, PROMPTS, max_tokens=10) == [greedy(model, p, 10) for p in PROMPTS]
 
 
+def test_a_shared_beginning_is_computed_once() -> None:
+    """Solved examples before every question; a position or slot off by the shared length garbles every row."""
+    model = build(CONFIG, torch.float64).eval()
+    prompts = [[7, 7, 3, *p] for p in ([5], [5, 6, 7], [1, 2])]
+    expected = [greedy(model, p, 6) for p in prompts]
+    sizes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].numel()))
+    assert generate(model, prompts, max_tokens=6) == expected
+    assert sizes[:3] == [3, 9, 3]
+    handle.remove()
+    assert generate(model, [[4, 4]] * 2, max_tokens=6) == [greedy(model, [4, 4], 6)] * 2
+
+
 def test_stop_ids_end_a_row_and_not_the_others() -> None:
     """A stop id has to end its own row, be the last id of it, and leave the rest alone."""
     model = build(CONFIG, torch.float64).eval()

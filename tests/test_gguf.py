@@ -1,11 +1,14 @@
 """GGUF in: equal to the reference dequantizer, bounded on hostile files, and SmolLM2's golden outputs."""
 
 import contextlib
+import copy
 import json
 import random
+import re
 import struct
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from test_model import BASE, build
 
 import puna
@@ -22,6 +26,7 @@ from puna.checkpoint.gguf_model import _BLOCK, load_gguf
 from puna.checkpoint.registry import REGISTERED
 from puna.errors import CheckpointError, DataError
 from puna.infer.llama import Llama
+from puna.lora import LoraConfig, add_lora, lora_parameters, merge_lora
 from puna.model.config import ModelConfig
 from puna.tokenizer.bpe import byte_of_character
 from puna.tokenizer.gguf_vocab import vocab_files
@@ -240,8 +245,41 @@ def test_smollm2_equals_its_golden_outputs(smollm: Llama, assets: Path) -> None:
         assert (top - torch.tensor(case["last_top8_logprobs"])).abs().max() <= 3e-4
         nll = -log_probs[:-1].gather(1, torch.tensor(ids)[1:, None]).mean().item()
         assert nll == pytest.approx(case["mean_nll_prompt"], abs=3e-4)
-    case = reference["cases"][0]
-    assert smollm.continue_ids([case["input_ids"]], 48)[0] == case["greedy_ids"]
+        assert smollm.continue_ids([ids], 48)[0] == case["greedy_ids"]
+    asked = [
+        (c, re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", c["prompt"], re.DOTALL)) for c in reference["cases"]
+    ]
+    chats = [(case, found[0]) for case, found in asked if len(found) == 1]
+    assert len(chats) >= 2
+    for case, asked in chats:
+        assert smollm.template.prompt([{"role": "user", "content": asked}]) == case["input_ids"]
+
+
+def test_smollm2_equals_transformers(smollm: Llama) -> None:
+    """transformers reads the same GGUF with another dequantizer: weights, head order and RoPE agree end to end."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm.path.parent, gguf_file=smollm.path.name, dtype=torch.float32
+    )
+    ids = smollm.tokenizer.encode("The llamas of the high Andes graze at 4,000 metres; their wool, in 22 colours, ...")
+    ours, expected = smollm.logits([ids]), theirs(torch.tensor([ids])).logits
+    assert (ours - expected).abs().max() <= 3e-4
+    assert torch.equal(ours.argmax(-1), expected.argmax(-1))
+
+
+def test_smollm2_merged_equals_unmerged(smollm: Llama) -> None:
+    """At real size, in fp32, an adapter that says something else once merged would be seen in logits and text."""
+    llama = replace(smollm, model=copy.deepcopy(smollm.model))
+    add_lora(llama.model, LoraConfig(), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in lora_parameters(llama.model).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.02, generator=generator)
+    ids = llama.template.prompt([{"role": "user", "content": "Where do llamas live?"}])
+    before, text = llama.logits([ids]), llama.continue_ids([ids], 24)
+    assert (before - smollm.logits([ids])).abs().max() > 0.1
+    merge_lora(llama.model)
+    assert (llama.logits([ids]) - before).abs().max() <= 3e-4
+    assert llama.continue_ids([ids], 24) == text
 
 
 def test_smollm2_tokenizer_round_trips(smollm: Llama) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import puna
 from puna.errors import CheckpointError, UsageError
 from puna.log import Metrics
-from puna.recipes import run
+from puna.recipes import run, sft
 
 SMALL = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 48}
 
@@ -72,6 +72,29 @@ def test_resume_is_bit_identical(lora: Any, base: Path, rows: Path, tmp_path: Pa
         for f in (resumed, straight)
     )
     assert ours == theirs
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    ours, theirs = load_file(resumed / "final" / name), load_file(straight / "final" / name)
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8.0, "dropout": 0.1}, None])
+def test_a_crash_amid_accumulation_leaves_nothing(
+    lora: Any, base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dead between two micro-batches of step 8, in the second epoch: half a gradient must not reach the resumed run."""
+    straight = tune(base, rows, tmp_path / "straight", lora=lora)
+    whole, calls = sft.next_token, iter(range(10**6))
+
+    def fails(model: Any, batch: Any) -> Any:
+        if next(calls) == 15:  # two micro-batches a step
+            raise RuntimeError("power cut")
+        return whole(model, batch)
+
+    monkeypatch.setattr(sft, "next_token", fails)
+    with pytest.raises(RuntimeError, match="power cut"):
+        tune(base, rows, tmp_path / "cut", lora=lora)
+    monkeypatch.undo()
+    resumed = tune(base, rows, tmp_path / "cut", lora=lora)
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     ours, theirs = load_file(resumed / "final" / name), load_file(straight / "final" / name)
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)

@@ -7,7 +7,6 @@ import typer
 
 from puna.cli.output import Json, print_json
 from puna.errors import DataError, UsageError
-from puna.log import Progress
 
 
 def register(app: typer.Typer) -> None:
@@ -35,30 +34,19 @@ def evaluate(
     from puna.infer.llama import load
 
     llama = load(model, dtype=dtype)
+    from puna.eval.tasks import TaskConfig, evaluate_tasks, majority
+
     results: list[dict[str, Any]] = [_text(llama, text)] if text else []
-    for name in names:
-        results.append(_task(llama, name, limit, shots, lenient, max_tokens, batch_size))
+    config = TaskConfig(tasks=names, limit=limit, shots=shots, max_tokens=max_tokens, batch_size=batch_size)  # type: ignore[arg-type]
+    for score in evaluate_tasks(llama, config, lenient):
+        low, value, high = score.interval
+        guess = majority(score.task, limit).accuracy
+        results.append({"task": score.task, "accuracy": value, "low": low, "high": high, "n": limit, "majority": guess})
     if as_json:
         print_json(results)
         return
     for row in results:
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-
-
-def _task(
-    llama: Any, name: str, limit: int, shots: int, lenient: bool, max_tokens: int, batch_size: int
-) -> dict[str, Any]:
-    from puna.eval.tasks import evaluate_task, in_batches, majority
-
-    def answer(conversations: list[list[dict[str, Any]]]) -> list[str]:
-        rows = llama.continue_ids([llama.template.prompt(c) for c in conversations], max_tokens)
-        return [llama.tokenizer.decode(row) for row in rows]
-
-    with Progress(name, limit) as progress:
-        score = evaluate_task(name, in_batches(answer, batch_size, progress.update), limit, shots, lenient)
-    low, high = score.interval
-    guess = majority(name, limit).accuracy
-    return {"task": name, "accuracy": score.accuracy, "low": low, "high": high, "n": score.n, "majority": guess}
 
 
 def _text(llama: Any, path: Path) -> dict[str, Any]:

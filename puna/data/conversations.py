@@ -1,21 +1,34 @@
 """Rows of chat data in the shapes people have, as messages: OpenAI, ShareGPT, Alpaca, prompt and completion columns."""
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from puna.config import Config, UserPath, nearest
+from puna.data.dialogues import read_dialogues
 from puna.errors import DataError, UsageError
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "system": "system", "user": "user",
           "assistant": "assistant", "tool": "tool", "function_call": "assistant", "observation": "tool"}  # fmt: skip
 _PAIRS = (("prompt", "completion"), ("question", "answer"), ("prompt", "response"), ("input", "output"))
+_OURS = ("seed", "size")  # what puna gives every task itself
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+
+
+def _named(value: Any) -> Any:
+    return {name: {} for name in value} if isinstance(value, list | tuple) else value
+
+
+Tasks = Annotated[dict[str, dict[str, int | float | bool | str]], BeforeValidator(_named)]
+"""reasoning-gym tasks with their settings, `{chain_sum: {max_terms: 3}}`, or a list of names."""
 
 
 class ChatSource(Config):
@@ -23,12 +36,16 @@ class ChatSource(Config):
 
     path: UserPath | None = None
     """JSONL, JSON or Parquet with `messages`, `conversations`, instruction/input/output or prompt/completion."""
-    reasoning_gym: list[str] = []
-    """Names of reasoning-gym tasks, such as chain_sum."""
+    reasoning_gym: Tasks = {}
+    """Tasks such as chain_sum, by name or with settings: {chain_sum: {max_terms: 3}}."""
+    packages: list[str] = []
+    """Small talk that comes as a Python package: chatterbot."""
     size: int = Field(default=1000, ge=1, lt=1 << 23)
     """Problems of each task."""
     task_seed: int = Field(default=0, ge=0, lt=1 << 23)
     """The first problem; evaluation asks others."""
+    limit: PositiveInt | None = None
+    """Only the first so many conversations."""
 
 
 class Conversation(NamedTuple):
@@ -39,26 +56,44 @@ class Conversation(NamedTuple):
 
 
 def read_conversations(source: ChatSource) -> Iterator[Conversation]:
-    """Every conversation of the source.
+    """The conversations of the source, all or the first `limit`.
 
     Raises:
         UsageError: nothing given. DataError: a file, a row or a task that cannot be read.
     """
-    if source.path is None and not source.reasoning_gym:
+    if not given(source):
         raise UsageError("no conversations given", fix="data.path=FILE.jsonl, or data.reasoning_gym=[chain_sum]")
+    yield from islice(_all(source), source.limit)
+
+
+def given(source: ChatSource) -> bool:
+    """Whether the source names any conversations."""
+    return bool(source.path or source.packages or source.reasoning_gym)
+
+
+def _all(source: ChatSource) -> Iterator[Conversation]:
     if source.path is not None:
         for where, row in _rows(source.path):
             yield Conversation(where, to_messages(row, where))
-    for task in source.reasoning_gym:
-        for number, (question, answer) in enumerate(problems(task, source.size, source.task_seed)):
+    for package in source.packages:
+        for where, said in read_dialogues(package):
+            pairs = zip(said[::2], said[1::2], strict=True)
+            yield Conversation(where, [message for pair in pairs for message in _turns(*pair)])
+    for task, settings in source.reasoning_gym.items():
+        for number, (question, answer) in enumerate(problems(task, source.size, source.task_seed, settings)):
             yield Conversation(f"{task}:{number}", _turns(question, answer))
 
 
-def problems(task: str, size: int, seed: int) -> list[tuple[str, str]]:
+def problems(
+    task: str, size: int, seed: int = 0, settings: Mapping[str, Any] | None = None, unseen: bool = False
+) -> list[tuple[str, str]]:
     """(question, answer) of a reasoning-gym task; a pure function of its arguments.
 
+    One question in eight, by its hash, is kept for evaluation: `unseen` gives these, each once; training has the rest.
+    Other seeds would not do: small tasks repeat themselves.
+
     Raises:
-        DataError: the package is missing. UsageError: no such task.
+        DataError: the package is missing. UsageError: no such task, settings it does not take, or too few problems.
     """
     try:
         reasoning_gym: Any = import_module("reasoning_gym")  # an extra
@@ -66,7 +101,28 @@ def problems(task: str, size: int, seed: int) -> list[tuple[str, str]]:
         raise DataError("reasoning-gym is not installed", fix="pip install reasoning-gym") from None
     if task not in (known := list(reasoning_gym.factory.DATASETS)):
         raise UsageError(f"no reasoning-gym task `{task}`" + nearest(task, known))
-    return [(str(p["question"]), str(p["answer"])) for p in reasoning_gym.create_dataset(task, size=size, seed=seed)]
+    takes = [field.name for field in fields(reasoning_gym.factory.DATASETS[task][1]) if field.name not in _OURS]
+    if unknown := [name for name in settings or {} if name not in takes]:
+        raise UsageError(f"{task} has no setting `{unknown[0]}`" + nearest(unknown[0], takes), fix=", ".join(takes))
+    tries = 100 * size + 1000
+    try:
+        made = reasoning_gym.create_dataset(task, size=tries, seed=seed, **(settings or {}))
+    except AssertionError as error:
+        raise UsageError(f"{task} refuses its settings: {error}") from None
+    found: list[tuple[str, str]] = []
+    asked: set[str] = set()
+    for number in range(tries):
+        question, answer = str((problem := made[number])["question"]), str(problem["answer"])
+        if _kept_for_evaluation(question) == unseen and question not in asked:
+            found.append((question, answer))
+            asked |= {question} if unseen else set()
+        if len(found) == size:
+            return found
+    raise UsageError(f"{task} with these settings has only {len(found)} problems to ask", fix=f"limit={len(found)}")
+
+
+def _kept_for_evaluation(question: str) -> bool:
+    return hashlib.sha256(question.encode()).digest()[0] % 8 == 0
 
 
 def to_messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:

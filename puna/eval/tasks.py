@@ -3,56 +3,134 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from puna.data.conversations import problems
+from pydantic import NonNegativeInt, PositiveInt
 
-# Problem i of seed s is problem i - 1 of seed s + 1, so training (from 0), solved examples and questions are far apart.
-_SOLVED, _ASKED = 1 << 24, 1 << 25
+from puna.config import Config
+from puna.data.conversations import Tasks, problems
+from puna.infer.llama import Llama
+from puna.log import Progress
+
+_SOLVED = 1 << 24  # seed of solved examples
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_Z = 1.959964  # 95 %
 Answer = Callable[[list[list[dict[str, Any]]]], list[str]]
 """Conversations that end with a question -> the answers."""
+Interval = tuple[float, float, float]
+"""Low, value, high: a 95 % interval."""
+
+
+class TaskConfig(Config):
+    """Accuracy on unseen problems of reasoning-gym tasks."""
+
+    tasks: Tasks = {}
+    """Names, or names with settings: {chain_sum: {max_terms: 3}}."""
+    limit: PositiveInt = 200
+    """Problems of each task; the interval is about 100 / sqrt(limit) points to either side."""
+    shots: NonNegativeInt = 4
+    """Solved problems before each question."""
+    max_tokens: PositiveInt = 24
+    """Most ids in an answer."""
+    batch_size: PositiveInt = 32
+    """Questions answered at a time."""
 
 
 class Score(NamedTuple):
-    """Right answers of `n`, with a 95 % Wilson interval."""
+    """Which answers to a task's problems were right: a 1 or a 0 for each."""
 
     task: str
-    right: int
-    n: int
+    marks: str
+
+    @property
+    def n(self) -> int:
+        return len(self.marks)
+
+    @property
+    def right(self) -> int:
+        return self.marks.count("1")
 
     @property
     def accuracy(self) -> float:
         return self.right / self.n
 
     @property
-    def interval(self) -> tuple[float, float]:
+    def interval(self) -> Interval:
         """Wilson score interval: right where the normal one fails, near 0 and 1."""
-        z, p, n = 1.959964, self.accuracy, self.n
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+        p, n = self.accuracy, self.n
+        middle, half = p + _Z**2 / (2 * n), _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n * n))
+        return max(0.0, (middle - half) / (1 + _Z**2 / n)), p, min(1.0, (middle + half) / (1 + _Z**2 / n))
 
 
-def evaluate_task(task: str, answer: Answer, limit: int, shots: int = 0, lenient: bool = False, seed: int = 0) -> Score:
+def gain(before: Score, after: Score) -> Interval:
+    """After minus before on the same problems, paired: what both got right or wrong adds no doubt.
+
+    Agresti and Min (2005): half a count on each of the four outcomes, which keeps the interval honest near 0 and 1.
+    """
+    n = before.n + 2
+    won = sum(b < a for b, a in zip(before.marks, after.marks, strict=True)) + 0.5
+    lost = sum(b > a for b, a in zip(before.marks, after.marks, strict=True)) + 0.5
+    half = _Z * math.sqrt(won + lost - (won - lost) ** 2 / n) / n
+    return (won - lost) / n - half, after.accuracy - before.accuracy, (won - lost) / n + half
+
+
+def evaluate_tasks(llama: Llama, config: TaskConfig, lenient: bool = True) -> Iterator[Score]:
+    """A score for each task of the config, asked by the model's own chat template."""
+
+    def answer(conversations: list[list[dict[str, Any]]]) -> list[str]:
+        rows = llama.continue_ids([llama.template.prompt(c) for c in conversations], config.max_tokens)
+        return [llama.tokenizer.decode(row) for row in rows]
+
+    for task, settings in config.tasks.items():
+        with Progress(task, config.limit) as progress:
+            batched = in_batches(answer, config.batch_size, progress.update)
+            yield evaluate_task(task, batched, config.limit, config.shots, lenient, settings)
+
+
+def evaluate_task(
+    task: str,
+    answer: Answer,
+    limit: int,
+    shots: int = 0,
+    lenient: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Score:
     """Ask `limit` unseen problems of a reasoning-gym task, each after `shots` solved ones.
 
     Args:
         lenient: the right answer may stand inside a sentence (`matches`); else the reply has to be it.
     """
-    asked = problems(task, limit, _ASKED + seed)
-    solved = problems(task, shots, _SOLVED + seed) if shots else []
+    asked = problems(task, limit, settings=settings, unseen=True)
+    solved = problems(task, shots, _SOLVED, settings) if shots else []
     before = [m for q, a in solved for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
     replies = answer([[*before, {"role": "user", "content": question}] for question, _ in asked])
     score = matches if lenient else _equals
-    return Score(task, sum(score(reply, right) for reply, (_, right) in zip(replies, asked, strict=True)), limit)
+    return _scored(task, (score(reply, right) for reply, (_, right) in zip(replies, asked, strict=True)))
 
 
-def majority(task: str, limit: int, seed: int = 0) -> Score:
+def majority(task: str, limit: int, settings: Mapping[str, Any] | None = None) -> Score:
     """What always giving the most frequent training answer would score on the same problems."""
-    guess = Counter(answer for _, answer in problems(task, 1000, 0)).most_common(1)[0][0]
-    asked = problems(task, limit, _ASKED + seed)
-    return Score(task, sum(_equals(guess, right) for _, right in asked), limit)
+    guess = Counter(answer for _, answer in problems(task, 1000, settings=settings)).most_common(1)[0][0]
+    return _scored(task, (_equals(guess, right) for _, right in problems(task, limit, settings=settings, unseen=True)))
+
+
+def compare(before: Mapping[str, str], after: Mapping[str, str], config: TaskConfig) -> list[dict[str, Any]]:
+    """A row for each task, from marks before and after: the gain is over the better of before and the majority answer.
+
+    Both sides are scored leniently, so that knowing the format of the answer counts for nothing.
+    """
+    rows = []
+    for task, settings in config.tasks.items():
+        was, guess, now = Score(task, before[task]), majority(task, config.limit, settings), Score(task, after[task])
+        best = max(was, guess, key=lambda score: score.right)
+        row = {"task": task, "before": was.interval, "majority": guess.accuracy, "after": now.interval}
+        rows.append({**row, "gain": gain(best, now)})
+    return rows
+
+
+def _scored(task: str, right: Iterator[bool]) -> Score:
+    return Score(task, "".join("01"[r] for r in right))
 
 
 def matches(reply: str, right: str) -> bool:

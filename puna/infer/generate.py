@@ -26,7 +26,8 @@ def generate(
     """Continue each prompt by up to `max_tokens` ids, a stop id included as the last one.
 
     Prompts may have different lengths: they are padded on the right, and a row's padding lies in cache slots that
-    its queries never see and its own tokens overwrite.
+    its queries never see and its own tokens overwrite. What all of them begin with (a system message, solved
+    examples) is computed once.
 
     Raises:
         UsageError: an empty prompt, or one that does not fit the context with one more token.
@@ -45,9 +46,13 @@ def generate(
     device = next(model.parameters()).device
     generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
     cache = KVCache(model.config, len(prompts), min(limit, longest + max_tokens), model.compute_dtype, device)
-    tokens = pad_sequence([torch.tensor(list(p), device=device) for p in prompts], batch_first=True)
-    positions = torch.arange(longest, device=device).expand_as(tokens)
-    last = torch.tensor([len(p) - 1 for p in prompts], device=device)
+    if shared := _shared(prompts):
+        once = KVCache(model.config, 1, shared, model.compute_dtype, device)
+        model(torch.tensor([list(prompts[0][:shared])], device=device), cache=once, head=False)
+        cache.begin_with(once)
+    tokens = pad_sequence([torch.tensor(list(p[shared:]), device=device) for p in prompts], batch_first=True)
+    positions = torch.arange(shared, longest, device=device).expand_as(tokens)
+    last = torch.tensor([len(p) - 1 - shared for p in prompts], device=device)
     out: list[list[int]] = [[] for _ in prompts]
     done = [max_tokens < 1] * len(prompts)
     while not all(done):
@@ -65,3 +70,9 @@ def generate(
         positions = torch.tensor(lengths, device=device)[:, None]  # (B, 1): finished rows rewrite their last slot
         tokens, last = chosen[:, None], torch.zeros_like(last)
     return out
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many ids all prompts begin with, short of the last id of any: that one's output is wanted."""
+    limit = min(map(len, prompts)) - 1 if len(prompts) > 1 else 0
+    return next((i for i in range(limit) if len({p[i] for p in prompts}) > 1), limit)

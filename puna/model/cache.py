@@ -21,6 +21,12 @@ class KVCache:
         self.values[layer].scatter_(2, slots, v)
         return self.keys[layer], self.values[layer]
 
+    def begin_with(self, one: "KVCache") -> None:
+        """Every row begins with what the only row of `one` holds."""
+        length = one.keys.shape[3]
+        self.keys[:, :, :, :length] = one.keys
+        self.values[:, :, :, :length] = one.values
+
     def mask(self, positions: Tensor) -> Tensor:
         """(B, 1, T, length): a query sees the slots up to its own position. What padding wrote lies beyond it."""
         slots = torch.arange(self.keys.shape[3], device=positions.device)

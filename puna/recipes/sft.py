@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -11,17 +13,20 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from puna.checkpoint.adapter import save_adapter
 from puna.checkpoint.model_directory import save_model
+from puna.config import Config as BaseConfig
 from puna.config import RecipeConfig, UserPath
-from puna.data.conversations import ChatSource, read_conversations
+from puna.data.conversations import ChatSource, given, read_conversations
 from puna.data.packing import PackedLoader, encode_conversations
 from puna.device import calibrate_threads, choose_dtype
 from puna.errors import DataError
+from puna.eval.conversations import mean_loss, replies
+from puna.eval.tasks import TaskConfig, compare, evaluate_tasks
 from puna.files import atomic_folder, write_json
 from puna.infer.llama import Llama, load
 from puna.log import clock, log
 from puna.lora import LoraConfig, add_lora, lora_parameters
-from puna.run_folder import lineage, open_run
-from puna.tokenizer.chat import ChatFormat, Encoded, Train
+from puna.run_folder import Run, lineage, open_run
+from puna.tokenizer.chat import ChatFormat, Encoded, Train, has_template
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.fit import TrainConfig, fit
 from puna.train.objectives import next_token
@@ -41,6 +46,13 @@ class Training(TrainConfig):
     """As in pretraining, with fine-tuning's optimizer."""
 
     optimizer: Optimizer = Optimizer()  # type: ignore[assignment]
+
+
+class SampleConfig(BaseConfig):
+    """Messages the model answers before training and at every validation, so that one can watch it change."""
+
+    prompts: list[str] = []
+    max_tokens: int = 48
 
 
 class Config(RecipeConfig):
@@ -63,6 +75,11 @@ class Config(RecipeConfig):
     steps: PositiveInt = 200
     valid_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Conversations held out (by hash) to measure the loss on."""
+    watch: ChatSource = ChatSource()
+    """Conversations of another kind: the loss on them tells what tuning forgets. None by default."""
+    judge: TaskConfig = TaskConfig()
+    """Tasks to measure before and after: before with solved examples and against the majority answer."""
+    samples: SampleConfig = SampleConfig()
     save_dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Of a fully trained model; adapters are fp32."""
     train: Training = Training()
@@ -72,22 +89,33 @@ def main(config: Config) -> Path:
     """Train on packed conversations and write `final/`. Run again after an interruption, it goes on."""
     with open_run(config) as run:
         torch.set_num_threads(run.once("threads", calibrate_threads))
-        llama = _load(config)
-        tokenizer, rows = encode(config, llama.tokenizer)
+        torch.manual_seed(config.seed)  # of dropout
+        base = _load(config)
+        tokenizer, rows = encode(config, base.tokenizer)
+        llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
         train, valid = _split(rows, config.valid_fraction)
-        batches = PackedLoader(train, config.seq_len, config.batch_size, tokenizer.eos_id, config.seed)
+        packed = partial(PackedLoader, seq_len=config.seq_len, batch_size=config.batch_size, pad_id=tokenizer.eos_id)
+        batches = packed(train, seed=config.seed)
         what = f"{len(train)} conversations in {len(batches.packs)} rows of {config.seq_len} ids"
         log.info("%s, %d held out", what, len(valid))
-        held_out = PackedLoader(valid, config.seq_len, config.batch_size, tokenizer.eos_id, 0) if valid else None
+        held_out = {"valid_loss": packed(valid, seed=0)} if valid else {}
+        if given(config.watch):
+            held_out["watched_loss"] = packed(encode(config, base.tokenizer, config.watch)[1], seed=0)
         made_from = lineage(config, data=batches.fingerprint, parents=[config.model])
         save: Any = partial(save_model, model=llama.model, save_dtype=config.save_dtype, tokenizer=tokenizer)
         if config.lora:
             save = partial(save_adapter, model=llama.model, config=config.lora, base=config.model, tokenizer=tokenizer)
-        evaluate = partial(_evaluate, held_out=held_out)
+        evaluate = partial(_evaluate, run=run, llama=llama, config=config, held_out=held_out)
+        before = run.once("judged", partial(_judge, base if has_template(base.tokenizer) else llama, config.judge))
+        if not run.metrics.read():
+            run.metrics.write(step=0, **evaluate(llama.model, 0))
         saved = partial(save, lineage=made_from)
         state = fit(run, llama.model, batches, next_token, config.train, config.steps, evaluate, saved)
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
-        result |= {k: row[k] for row in run.metrics.read() for k in ("valid_loss",) if k in row}  # the last one stays
+        result |= {k: row[k] for row in run.metrics.read() for k in held_out if k in row}  # the last one stays
+        if config.judge.tasks:
+            after = _judge(llama, config.judge.model_copy(update={"shots": 0}))
+            result["tasks"] = compare(before, after, config.judge)
         with atomic_folder(run.final) as folder:
             save(folder, lineage={**made_from, "metrics": result})
         write_json(run.folder / "result.json", result)
@@ -95,10 +123,10 @@ def main(config: Config) -> Path:
     return config.output
 
 
-def encode(config: Config, tokenizer: Tokenizer) -> tuple[Tokenizer, list[Encoded]]:
-    """The tokenizer with the chat template in force, and every conversation as ids and mask."""
+def encode(config: Config, tokenizer: Tokenizer, source: ChatSource | None = None) -> tuple[Tokenizer, list[Encoded]]:
+    """The tokenizer with the chat template in force, and every conversation (of the data) as ids and mask."""
     chat = ChatFormat(tokenizer, config.template)
-    rows = encode_conversations(read_conversations(config.data), chat, config.seq_len, config.train_on)
+    rows = encode_conversations(read_conversations(source or config.data), chat, config.seq_len, config.train_on)
     return Tokenizer({**tokenizer.files, "chat_template.jinja": chat.source.encode()}), rows
 
 
@@ -125,15 +153,15 @@ def _split(rows: Sequence[Encoded], share: float) -> tuple[list[Encoded], list[E
     return sides
 
 
-@torch.no_grad()
-def _evaluate(model: Any, _step: int, *, held_out: PackedLoader | None) -> dict[str, float]:
-    """Mean loss over the trained tokens of the held-out conversations."""
-    if held_out is None:
-        return {}
-    model.eval()
-    device = next(model.parameters()).device
-    total, n = 0.0, 0
-    for start in range(0, len(held_out.packs), held_out.batch_size):
-        batch = held_out.batch(held_out.packs[start : start + held_out.batch_size]).to(device)
-        total, n = total + float(next_token(model, batch).sum), n + batch.n
-    return {"valid_loss": total / n}
+def _evaluate(
+    model: Any, step: int, *, run: Run, llama: Llama, config: Config, held_out: dict[str, PackedLoader]
+) -> dict[str, float]:
+    """Mean loss over the trained tokens of each held-out set; answers to the fixed prompts go to samples.jsonl."""
+    for prompt, answer in replies(llama, config.samples.prompts, config.samples.max_tokens):
+        log.info("  %s -> %s", prompt, shorten(answer.replace("\n", " / "), 100, placeholder=" ..."))
+        run.samples.write(step=step, prompt=prompt, text=answer)
+    return {name: mean_loss(model, conversations) for name, conversations in held_out.items()}
+
+
+def _judge(llama: Llama, config: TaskConfig) -> dict[str, str]:
+    return {score.task: score.marks for score in evaluate_tasks(llama, config)}

@@ -122,6 +122,9 @@ class ChatFormat:
         if end is None:
             why = "the template does not end the assistant's turn, so a model would never learn to stop"
             raise DataError(why, where=self.tokenizer.where)
+        if self.tokenizer.special_tokens[end.group()] not in self.tokenizer.stop_ids:
+            why = f"the template ends the assistant's turn with {end.group()}, at which generation does not stop"
+            raise DataError(why, where=self.tokenizer.where, fix="eos_token in tokenizer_config.json")
         return text[: end.end()], text[end.end() :]
 
     def _check(self, messages: Sequence[Message]) -> None:
@@ -166,6 +169,11 @@ class ChatFormat:
 
 
 BUNDLED = ("llama3", "chatml")
+
+
+def has_template(tokenizer: Tokenizer) -> bool:
+    """Whether a chat template came with the tokenizer."""
+    return "chat_template.jinja" in tokenizer.files
 
 
 def bundled(name: str) -> str:

@@ -13,7 +13,7 @@ from puna.files import write_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
 """What makes a tokenizer inside a model directory; the last two where the family has them."""
-_STOPS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+_STOPS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
 
 class Tokenizer:

@@ -1,53 +1,118 @@
 """report.html of a finished run, from the files in its folder alone."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from puna.config import read_yaml
 from puna.log import Metrics, clock
-from puna.report import Curves, Facts, Report, Samples, Series, Table, write_report
+from puna.report import Curves, Facts, Report, Samples, Section, Series, Table, write_report
 from puna.run_folder import environment
+
+_LOSSES = {"valid_loss": "held-out conversations", "watched_loss": "conversations of another kind"}
 
 
 def write_run_report(folder: Path) -> Path:
-    """Curves, samples, what was given, what it ran on; predicted beside measured where there was a prediction."""
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    given = read_yaml(folder / "config.yaml")
-    rows = Metrics(folder / "metrics.jsonl").read()
-    trained = [row for row in rows if "loss" in row]
-    sections: list[Curves | Table | Samples | Facts] = [
-        Curves("Training loss", "step", "nats a token", [_series("training", trained, "loss")])
-    ]
-    for key, unit in (("bits_per_byte", "bits per byte"), ("valid_loss", "nats a token")):
-        if found := [row for row in rows if key in row]:
-            sections.append(Curves("Held-out text", "step", unit, [_series("validation", found, key, dots=True)]))
-    sections.append(Curves("Speed", "step", "tokens a second", [_series("training", trained, "tok_s")]))
-    if written := Metrics(folder / "samples.jsonl").read():
-        items = [(row["step"], row["prompt"], row["text"].removeprefix(row["prompt"])) for row in written]
-        sections.append(Samples("What it wrote while learning", items))
-    measured: dict[str, Any] = {k: v for k, v in result.items() if k not in ("seconds", "seconds_compiling")}
-    if given.get("seconds"):
-        measured["seconds (predicted, measured)"] = (given["seconds"], round(result["seconds"], 1))
-    sections.append(Facts("Result", measured))
-    sections.append(Facts("Given", _flat(given)))
-    sections.append(Facts("Ran on", _flat(environment())))
+    """Curves, samples, before and after, what it was made from, what it ran on."""
     recipe = read_yaml(folder / "resolved.yaml")["recipe"]
-    line = f"{result['steps']:,} steps, {result['tokens']:,} trained tokens, {clock(result['seconds'])}"
     target = folder / "report.html"
-    write_report(target, Report(f"{recipe}: {folder}", line, sections))
+    sections = [*run_sections(folder), Facts("Ran on", flat(environment()))]
+    write_report(target, Report(f"{recipe}: {folder}", summary(folder), sections))
     return target
 
 
-def _series(name: str, rows: list[dict[str, Any]], key: str, dots: bool = False) -> Series:
-    return Series(name, [(row["step"], row[key]) for row in rows], dots)
+def summary(folder: Path) -> str:
+    """`75 steps, 10,000 trained tokens, 2:30`."""
+    result = _json(folder / "result.json")
+    return f"{result['steps']:,} steps, {result['tokens']:,} trained tokens, {clock(result['seconds'])}"
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def run_sections(folder: Path) -> list[Section]:
+    """What a run's own files tell, as sections of a report."""
+    result, given = _json(folder / "result.json"), flat(read_yaml(folder / "config.yaml"))
+    rows = Metrics(folder / "metrics.jsonl").read()
+    trained = [row for row in rows if "loss" in row]
+    sections: list[Section] = []
+    if tasks := result.get("tasks"):
+        sections.append(_tasks(tasks, read_yaml(folder / "resolved.yaml")["judge"]))
+    sections += _losses(rows)
+    sections.append(Curves("Training loss", "step", "nats a token", [_series("training", trained, "loss")]))
+    if any("bits_per_byte" in row for row in rows):
+        held_out = [_series("validation", rows, "bits_per_byte", dots=True)]
+        sections.append(Curves("Held-out text", "step", "bits per byte", held_out))
+    sections.append(Curves("Speed", "step", "tokens a second", [_series("training", trained, "tok_s")]))
+    if written := Metrics(folder / "samples.jsonl").read():
+        # A continuation repeats its prompt; an answer does not, and gets a line of its own.
+        texts = [(row, row["text"].removeprefix(row["prompt"])) for row in written]
+        items = [(row["step"], row["prompt"], t if t != row["text"] else f"\n{t}") for row, t in texts]
+        sections.append(Samples("What it wrote while learning", items))
+    measured: dict[str, Any] = {k: v for k, v in result.items() if isinstance(v, int | float)}
+    measured["seconds"] = (_predicted(given, trained, result), round(result["seconds"], 1))
+    sections.append(Facts("Predicted and measured", measured))
+    sections.append(Facts("Made from", _lineage(folder)))
+    sections.append(Facts("Given", given))
+    return sections
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | None) else str(value)
-    return flat
+            found[f"{prefix}{key}"] = value if isinstance(value, int | float | None) else str(value)
+    return found
+
+
+def _tasks(rows: list[dict[str, Any]], judge: Any) -> Table:
+    def percent(interval: list[float]) -> Any:
+        return tuple(100 * end for end in interval)
+
+    shots = f"before ({judge['shots']} examples)"
+    cells = [
+        [r["task"], percent(r["before"]), 100 * r["majority"], percent(r["after"]), percent(r["gain"])] for r in rows
+    ]
+    note = (
+        f"{judge['limit']} unseen problems each, in percent; right is an answer that holds the right number or word. "
+        "The gain is over the better of the model before and always giving the most frequent answer; 95 % intervals."
+    )
+    return Table("Accuracy before and after", ["task", shots, "most frequent answer", "after", "gain"], cells, note)
+
+
+def _losses(rows: list[dict[str, Any]]) -> list[Section]:
+    series, cells = [], []
+    for key, name in _LOSSES.items():
+        if found := [row for row in rows if key in row]:
+            series.append(_series(name, found, key, dots=True))
+            first, last = found[0][key], found[-1][key]
+            cells.append([name, first, last, f"{100 * (last / first - 1):+.1f} %"])
+    if not series:
+        return []
+    table = Table("Loss before and after", ["on", "before", "after", "change"], cells, "Nats a trained token.")
+    return [table, Curves("Held-out conversations", "step", "nats a token", series)]
+
+
+def _predicted(given: dict[str, Any], trained: list[dict[str, Any]], result: dict[str, Any]) -> float | None:
+    """What was promised where time was given, else what the first steps foretold."""
+    if given.get("seconds"):
+        return given["seconds"]
+    times = [b["seconds"] - a["seconds"] for a, b in pairwise(trained[:5])]
+    return round(median(times) * result["steps"], 1) if times else None
+
+
+def _lineage(folder: Path) -> dict[str, Any]:
+    """From the puna.json of what the run wrote."""
+    made = _json(folder / "final" / "puna.json")
+    parents = ", ".join(made.get("parents", [])) or "nothing: new weights"
+    return {"parents": parents, "data": made.get("data"), "tokenizer": made.get("tokenizer"), "puna": made.get("puna")}
+
+
+def _series(name: str, rows: list[dict[str, Any]], key: str, dots: bool = False) -> Series:
+    return Series(name, [(row["step"], row[key]) for row in rows if key in row], dots)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
