@@ -18,6 +18,7 @@ from puna.model.config import ModelConfig
 from puna.ops.attention import Mask, attention
 from puna.ops.norm import RMSNorm
 from puna.ops.rope import apply_rope, rope_frequencies, rope_tables, scale_frequencies
+from puna.ops.swiglu import swiglu
 
 Rope = tuple[Tensor, Tensor]
 
@@ -33,7 +34,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal self-attention: H query heads share K key/value heads."""
+    """The projections of causal self-attention: H query heads share K key/value heads."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -43,16 +44,15 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.o_proj = Linear(config.n_heads * config.head_dim, config.dim)
 
-    def forward(
-        self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, layer: int, positions: Tensor
-    ) -> Tensor:
-        """(B, T, dim) -> (B, T, dim)."""
-        q = apply_rope(self._heads(self.q_proj(x)), *rope)  # (B, H, T, D)
-        k = apply_rope(self._heads(self.k_proj(x)), *rope)  # (B, K, T, D)
-        v = self._heads(self.v_proj(x))
-        if cache is not None:
-            k, v = cache.update(layer, k, v, positions)  # (B, K, S, D)
-        return self.o_proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))
+    def qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, dim) -> (B, H, T, D), (B, K, T, D), (B, K, T, D), queries and keys rotated."""
+        q = apply_rope(self._heads(self.q_proj(x)), *rope)
+        k = apply_rope(self._heads(self.k_proj(x)), *rope)
+        return q, k, self._heads(self.v_proj(x))
+
+    def output(self, heads: Tensor) -> Tensor:
+        """(B, H, T, D) -> (B, T, dim)."""
+        return self.o_proj(heads.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H*D) -> (B, H, T, D)
@@ -68,11 +68,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
-    """h = x + attention(norm(x)); out = h + mlp(norm(h))."""
+    """h = x + attention(norm(x)); out = h + mlp(norm(h)). What lies before and after attention can be compiled."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -84,7 +84,17 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, layer: int, positions: Tensor
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer, positions)
+        """(B, T, dim) -> (B, T, dim)."""
+        q, k, v = self.before(x, rope)
+        if cache is not None:
+            k, v = cache.update(layer, k, v, positions)  # (B, K, S, D)
+        return self.after(x, attention(q, k, v, mask))
+
+    def before(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.qkv(self.input_layernorm(x), rope)
+
+    def after(self, x: Tensor, heads: Tensor) -> Tensor:
+        x = x + self.self_attn.output(heads)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

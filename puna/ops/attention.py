@@ -35,7 +35,7 @@ class Documents:
         """
         by_length: dict[int, list[tuple[int, int, int]]] = {}
         for row, start, end in self.spans:
-            step = max(8, 1 << (end - start - 1).bit_length() - 2)  # at most a quarter of a group is padding
+            step = max(8, 1 << max(0, (end - start - 1).bit_length() - 2))  # at most a quarter of a group is padding
             by_length.setdefault(-(-(end - start) // step) * step, []).append((row, start, end))
         groups = []
         for length, spans in by_length.items():

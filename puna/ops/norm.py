@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang & Sennrich 2019), as Llama computes it."""
+"""RMSNorm (Zhang & Sennrich 2019), as Llama computes it: an eager oracle, and a path that keeps x alone."""
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,40 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim), same dtype."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return scaled.to(x.dtype) * self.weight.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The oracle: x (..., dim), weight (dim,) -> (..., dim) in x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return scaled.to(x.dtype) * weight.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm_eager` without its fp32 copies of x, which autograd would keep for every layer."""
+    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With r = 1 / rms(x), y = x r and g = dL/dy:  dL/dx = r (g - y mean(g y))."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()
+        scale = torch.rsqrt(square / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).to(x.dtype) * weight.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        scaled = x * scale  # fp32
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * scaled).flatten(0, -2).sum(0).to(weight.dtype)
+        inner = (grad * weight.to(grad.dtype)).to(scaled.dtype)
+        mean = (inner * scaled).mean(-1, keepdim=True)
+        grad_x = inner.addcmul_(scaled, mean, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight, None

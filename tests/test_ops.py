@@ -1,0 +1,74 @@
+"""Every fast path against its slow oracle: values and gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from puna.ops.attention import Documents, attention, attention_eager
+from puna.ops.blocked_attention import BLOCK, KEEP
+from puna.ops.norm import rms_norm, rms_norm_eager
+from puna.ops.swiglu import swiglu, swiglu_eager
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def gradients(inputs: list[Tensor], output: Tensor) -> list[Tensor]:
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    return [output, *torch.autograd.grad((output * weights).sum(), inputs)]
+
+
+def close(fast: list[Tensor], slow: list[Tensor], tolerance: float = 1e-12) -> None:
+    for a, b in zip(fast, slow, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("length", [1, 7, BLOCK, BLOCK + 1, 3 * BLOCK - 5, KEEP + 3])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+def test_blocked_attention(length: int, heads: tuple[int, int]) -> None:
+    """A block's border, the last short block, grouped heads, weights kept or made again."""
+    q, k, v = inputs = tensors((2, heads[0], length, 8), (2, heads[1], length, 8), (2, heads[1], length, 8))
+    close(gradients(inputs, attention(q, k, v)), gradients(inputs, attention_eager(q, k, v)))
+
+
+def test_documents_of_many_lengths() -> None:
+    """Texts are grouped and padded: one that reads its group's padding, or writes into a neighbour, is seen here."""
+    spans = ((0, 0, 5), (0, 5, 12), (0, 12, 40), (1, 0, 9), (1, 9, 10), (1, 10, 31), (2, 3, 40))
+    documents = Documents(spans)
+    q, k, v = inputs = tensors((3, 4, 40, 8), (3, 2, 40, 8), (3, 2, 40, 8))
+    covered = torch.zeros(3, 1, 40, 1, dtype=torch.float64)
+    for row, start, end in spans:
+        covered[row, :, start:end] = 1
+    fast = gradients(inputs, attention(q, k, v, documents) * covered)
+    close(fast, gradients(inputs, attention_eager(q, k, v, documents) * covered))
+
+
+def test_norm_and_gate() -> None:
+    """What is made again in the backward must be what the forward used."""
+    x, weight = inputs = tensors((3, 5, 16), (16,))
+    close(gradients(inputs, rms_norm(x, weight, 1e-5)), gradients(inputs, rms_norm_eager(x, weight, 1e-5)))
+    gate, up = inputs = tensors((3, 5, 16), (3, 5, 16))
+    close(gradients(inputs, swiglu(gate, up)), gradients(inputs, swiglu_eager(gate, up)))
+
+
+def test_bf16_is_as_close_to_fp32_as_the_oracle() -> None:
+    """Faster must not mean rougher: the distance to fp32 is that of the eager bf16 computation."""
+    shapes = [(2, 6, 200, 64), (2, 2, 200, 64), (2, 2, 200, 64)]
+    exact, rough = tensors(*shapes, dtype=torch.float32), tensors(*shapes, dtype=torch.bfloat16)
+    exact = [r.detach().float().requires_grad_() for r in rough]
+    truth = gradients(exact, attention_eager(*exact))
+    for fast, slow, true in zip(
+        gradients(rough, attention(*rough)), gradients(rough, attention_eager(*rough)), truth, strict=True
+    ):
+        assert (fast.float() - true).norm() <= 1.5 * (slow.float() - true).norm()
+    x, weight = tensors((64, 512), (512,), dtype=torch.bfloat16)
+    wide = [t.detach().float().requires_grad_() for t in (x, weight)]
+    for fast, true in zip(
+        gradients([x, weight], rms_norm(x, weight, 1e-5)),
+        gradients(wide, rms_norm_eager(*wide, 1e-5)),  # type: ignore[call-arg]
+        strict=True,
+    ):
+        assert (fast.float() - true).norm() <= 1e-2 * true.norm()
