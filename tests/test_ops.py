@@ -1,13 +1,19 @@
 """Every fast path against its slow oracle: values and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
+from test_model import BASE, build
 from torch import Tensor
 
+from puna.log import log
+from puna.model.config import ModelConfig
 from puna.ops.attention import Documents, attention, attention_eager
 from puna.ops.blocked_attention import BLOCK, KEEP
 from puna.ops.norm import rms_norm, rms_norm_eager
 from puna.ops.swiglu import swiglu, swiglu_eager
+from puna.train.compile import compile_blocks
 
 
 def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -72,3 +78,30 @@ def test_bf16_is_as_close_to_fp32_as_the_oracle() -> None:
         strict=True,
     ):
         assert (fast.float() - true).norm() <= 1e-2 * true.norm()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+def test_compiled_halves_equal_eager(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A compiler that is missing must not stop training; one that works must not change it."""
+    tokens = torch.arange(24).view(2, 12)
+    model = build(ModelConfig(**{**BASE, "n_kv_heads": 2}))
+    expected = model(tokens)
+    expected.square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("g++ not found\nmore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", broken)
+        patch.setattr(log, "propagate", True)
+        assert compile_blocks(model) is False
+    assert "g++ not found" in caplog.text
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    assert compile_blocks(model) is True
+    model.zero_grad()
+    compiled = model(tokens)
+    assert (compiled - expected).abs().max() < 1e-5
+    compiled.square().sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.grad - gradients[name]).norm() <= 1e-5 * gradients[name].norm(), name

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import puna
+from puna.data.conversations import ChatSource
 from puna.errors import CheckpointError, UsageError
+from puna.eval.conversations import rehearsal
 from puna.log import Metrics
 from puna.recipes import run, sft
 
@@ -192,3 +194,66 @@ def test_data_show_marks_what_is_trained(base: Path, rows: Path, tmp_path: Path)
     listed = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True).stdout)
     assert [p for p, t in zip(listed[0]["pieces"], listed[0]["trained"], strict=True) if t][-1] == "<|eot_id|>"
     assert subprocess.run([*command[:-1], "99"], capture_output=True).returncode == 2
+
+
+def test_before_and_after_are_told(base: Path, rows: Path, tmp_path: Path) -> None:
+    """Judged, watched and asked at step 0 and in the end, kept over a resume, and shown in the report."""
+    pytest.importorskip("reasoning_gym")
+    words = {
+        "judge.tasks": {"chain_sum": {"max_terms": 2}},
+        "judge.limit": 6,
+        "judge.shots": 1,
+        "judge.max_tokens": 4,
+        "watch.path": rows,
+        "watch.limit": 3,
+        "rehearse.path": rows,
+        "rehearse.limit": 2,
+        "samples.prompts": ["How many <b>llamas</b>?"],
+        "seq_len": 192,
+    }
+    run_folder = tune(base, rows, tmp_path / "run", **words)
+    measured = json.loads((run_folder / "measured.json").read_text())
+    assert len(measured["judged"]["chain_sum"]) == 6
+    metrics = Metrics(run_folder / "metrics.jsonl").read()
+    assert [r["step"] for r in metrics if "watched_loss" in r] == [0, 3, 6, 9]
+    assert [r["step"] for r in Metrics(run_folder / "samples.jsonl").read()] == [0, 3, 6, 9]
+    result = json.loads((run_folder / "result.json").read_text())
+    row = result["tasks"][0]
+    assert row["task"] == "chain_sum"
+    assert row["gain"][1] == pytest.approx(row["after"][1] - max(row["before"][1], row["majority"]))
+    page = (run_folder / "report.html").read_text()
+    for told in (
+        "Accuracy before and after",
+        "Loss before and after",
+        "How many &lt;b&gt;llamas",
+        f"{base}",
+        "sha256:",
+    ):
+        assert told in page
+    for gone in ("final", "checkpoints/step-9", "result.json"):
+        path = run_folder / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = tune(base, rows, tmp_path / "run", **words)
+    assert json.loads((again / "measured.json").read_text()) == measured
+    assert json.loads((again / "result.json").read_text())["tasks"] == result["tasks"]
+    assert [r["step"] for r in Metrics(again / "samples.jsonl").read()] == [0, 3, 6, 9]
+
+
+def test_rehearsal_is_in_the_models_own_ids(rows: Path) -> None:
+    """A cut answer must not get an end it did not have; a prompt is asked once."""
+
+    class Template:
+        def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+            return [ord(c) for c in messages[-1]["content"][-4:]]
+
+    class Model:
+        template = Template()
+
+        def continue_ids(self, prompts: list[list[int]], max_tokens: int, **sampling: Any) -> list[list[int]]:
+            return [[72, number] for number, _ in enumerate(prompts)]
+
+    again = rows.with_name("again.jsonl")
+    again.write_text(rows.read_text().splitlines()[0] + "\n" + rows.read_text())
+    kept = rehearsal(Model(), ChatSource(path=again, limit=6), batch_size=4)  # type: ignore[arg-type]
+    assert [chr(p[0][-2]) for p in kept] == ["0", "1", "2", "3", "4"]
+    assert [answer for _, answer in kept] == [[72, 0], [72, 1], [72, 2], [72, 3], [72, 0]]

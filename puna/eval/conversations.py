@@ -4,8 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from puna.data.conversations import ChatSource, read_conversations
 from puna.data.packing import PackedLoader
 from puna.infer.llama import Llama
+from puna.log import Progress
 from puna.model.transformer import Transformer
 from puna.train.objectives import next_token
 
@@ -22,6 +24,26 @@ def mean_loss(model: Transformer, conversations: PackedLoader) -> float:
         total, n = total + float(next_token(model, batch).sum), n + batch.n
     model.train(training)
     return total / n
+
+
+def rehearsal(
+    llama: Llama, source: ChatSource, max_tokens: int = 64, batch_size: int = 32
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, answer ids) of the model's own answers to the first message of each conversation, temperature 0.7.
+
+    Trained along with new tasks they keep what the model could say before (self-synthesized rehearsal, Huang et al.
+    2024): no data of another's making is needed, and its own words cost little loss to keep. An answer that was cut
+    has no stop id at its end, so it teaches to go on, not to stop.
+    """
+    asked = [next(m for m in c.messages if m["role"] == "user") for c in read_conversations(source)]
+    prompts = [llama.template.prompt([m]) for m in {m["content"]: m for m in asked}.values()]
+    answers: list[list[int]] = []
+    with Progress("rehearsal", len(prompts)) as progress:
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            answers += llama.continue_ids(part, max_tokens, temperature=0.7, seed=start)
+            progress.update(len(answers))
+    return list(zip(prompts, answers, strict=True))
 
 
 def replies(llama: Llama, prompts: Sequence[str], max_tokens: int) -> Iterator[tuple[str, str]]:

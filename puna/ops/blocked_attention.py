@@ -46,7 +46,7 @@ class _Causal(torch.autograd.Function):
             rows, grad_rows = q[:, :, start:end].flatten(1, 2), grad[:, :, start:end].flatten(1, 2)
             dv[:, :end] += weights.mT @ grad_rows
             dweights = grad_rows @ v[:, :end].mT
-            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)  # pyright: ignore[reportPrivateImportUsage]
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)  # type: ignore[attr-defined]
             dq[:, :, start:end] = (dscores @ k[:, :end]).view_as(q[:, :, start:end])
             dk[:, :end] += dscores.mT @ rows
         shape, kv_shape = ctx.shapes

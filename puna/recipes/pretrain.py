@@ -26,6 +26,7 @@ from puna.model.transformer import Transformer
 from puna.run_folder import Run, lineage, open_run
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.budget import steps_within
+from puna.train.compile import compile_blocks
 from puna.train.fit import TrainConfig, fit
 from puna.train.objectives import next_token
 from puna.train.optim import with_rate
@@ -57,7 +58,7 @@ class Config(RecipeConfig):
     save_dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
     """What the weights of the written model are stored in; the train state keeps fp32."""
     compile: bool = False
-    """Compile each block (torch.compile): worth it above a minute of training."""
+    """Compile what lies around attention (torch.compile): worth it above some minutes of training."""
     train: TrainConfig = TrainConfig()
     samples: SampleConfig = SampleConfig()
 
@@ -108,8 +109,7 @@ def _model(config: Config, tokenizer: Tokenizer, device: torch.device) -> Transf
     materialize(model, device)
     init_weights(model, config.seed)
     if config.compile:
-        for layer in model.layers:
-            layer.compile()
+        compile_blocks(model)
     log.info("model: %s parameters, %s", f"{count_parameters(shape):,}", config.model.preset)
     return model
 

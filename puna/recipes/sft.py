@@ -1,7 +1,7 @@
 """Fine-tune a chat model on conversations: model + conversations -> adapter or model directory in `final/`."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from puna.data.conversations import ChatSource, given, read_conversations
 from puna.data.packing import PackedLoader, encode_conversations
 from puna.device import calibrate_threads, choose_dtype
 from puna.errors import DataError
-from puna.eval.conversations import mean_loss, replies
+from puna.eval.conversations import mean_loss, rehearsal, replies
 from puna.eval.tasks import TaskConfig, compare, evaluate_tasks
 from puna.files import atomic_folder, write_json
 from puna.infer.llama import Llama, load
@@ -28,6 +28,7 @@ from puna.lora import LoraConfig, add_lora, lora_parameters
 from puna.run_folder import Run, lineage, open_run
 from puna.tokenizer.chat import ChatFormat, Encoded, Train, has_template
 from puna.tokenizer.tokenizer import Tokenizer
+from puna.train.compile import compile_blocks
 from puna.train.fit import TrainConfig, fit
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
@@ -75,6 +76,8 @@ class Config(RecipeConfig):
     steps: PositiveInt = 200
     valid_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Conversations held out (by hash) to measure the loss on."""
+    rehearse: ChatSource = ChatSource()
+    """Prompts that the untuned model answers first; training on its own answers too keeps it from forgetting."""
     watch: ChatSource = ChatSource()
     """Conversations of another kind: the loss on them tells what tuning forgets. None by default."""
     judge: TaskConfig = TaskConfig()
@@ -82,6 +85,8 @@ class Config(RecipeConfig):
     samples: SampleConfig = SampleConfig()
     save_dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Of a fully trained model; adapters are fp32."""
+    compile: bool = False
+    """Compile what lies around attention (torch.compile): worth it above some minutes of training."""
     train: Training = Training()
 
 
@@ -94,13 +99,16 @@ def main(config: Config) -> Path:
         tokenizer, rows = encode(config, base.tokenizer)
         llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
         train, valid = _split(rows, config.valid_fraction)
+        if given(config.rehearse):
+            own = run.once("rehearsal", partial(rehearsal, llama, config.rehearse))
+            train += [Encoded([*a, *b], [False] * len(a) + [True] * len(b)) for a, b in own]
         packed = partial(PackedLoader, seq_len=config.seq_len, batch_size=config.batch_size, pad_id=tokenizer.eos_id)
         batches = packed(train, seed=config.seed)
         what = f"{len(train)} conversations in {len(batches.packs)} rows of {config.seq_len} ids"
         log.info("%s, %d held out", what, len(valid))
         held_out = {"valid_loss": packed(valid, seed=0)} if valid else {}
         if given(config.watch):
-            held_out["watched_loss"] = packed(encode(config, base.tokenizer, config.watch)[1], seed=0)
+            held_out["watched_loss"] = packed(_encoded(read_conversations(config.watch), config, tokenizer), seed=0)
         made_from = lineage(config, data=batches.fingerprint, parents=[config.model])
         save: Any = partial(save_model, model=llama.model, save_dtype=config.save_dtype, tokenizer=tokenizer)
         if config.lora:
@@ -109,6 +117,8 @@ def main(config: Config) -> Path:
         before = run.once("judged", partial(_judge, base if has_template(base.tokenizer) else llama, config.judge))
         if not run.metrics.read():
             run.metrics.write(step=0, **evaluate(llama.model, 0))
+        if config.compile:
+            compile_blocks(llama.model)
         saved = partial(save, lineage=made_from)
         state = fit(run, llama.model, batches, next_token, config.train, config.steps, evaluate, saved)
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
@@ -123,11 +133,15 @@ def main(config: Config) -> Path:
     return config.output
 
 
-def encode(config: Config, tokenizer: Tokenizer, source: ChatSource | None = None) -> tuple[Tokenizer, list[Encoded]]:
-    """The tokenizer with the chat template in force, and every conversation (of the data) as ids and mask."""
-    chat = ChatFormat(tokenizer, config.template)
-    rows = encode_conversations(read_conversations(source or config.data), chat, config.seq_len, config.train_on)
-    return Tokenizer({**tokenizer.files, "chat_template.jinja": chat.source.encode()}), rows
+def encode(config: Config, tokenizer: Tokenizer) -> tuple[Tokenizer, list[Encoded]]:
+    """The tokenizer with the chat template in force, and every conversation as ids and mask."""
+    source = ChatFormat(tokenizer, config.template).source
+    tokenizer = Tokenizer({**tokenizer.files, "chat_template.jinja": source.encode()})
+    return tokenizer, _encoded(read_conversations(config.data), config, tokenizer)
+
+
+def _encoded(conversations: Iterable[Any], config: Config, tokenizer: Tokenizer) -> list[Encoded]:
+    return encode_conversations(conversations, ChatFormat(tokenizer), config.seq_len, config.train_on)
 
 
 def _load(config: Config) -> Llama:

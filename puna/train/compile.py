@@ -3,7 +3,7 @@
 import torch
 
 from puna.log import log
-from puna.model.transformer import Transformer
+from puna.model.transformer import Block, Transformer
 
 
 def compile_blocks(model: Transformer) -> bool:
@@ -18,5 +18,6 @@ def compile_blocks(model: Transformer) -> bool:
         log.warning("no torch.compile here, training eagerly: %s", str(error).strip().splitlines()[0][:200])
         return False
     for layer in model.layers:
-        layer.before, layer.after = torch.compile(layer.before), torch.compile(layer.after)
+        assert isinstance(layer, Block)
+        layer.before, layer.after = torch.compile(layer.before), torch.compile(layer.after)  # type: ignore[method-assign]
     return True
