@@ -170,6 +170,8 @@ def test_the_prompt_is_a_prefix_of_what_was_trained(tokenizers_by_template: dict
         ids = chat.encode(messages).ids
         prompt = chat.prompt(messages[:3])
         assert ids[: len(prompt)] == prompt
+        before, after = chat.around_user()
+        assert before + chat.tokenizer.encode("ab") + after == chat.prompt([{"role": "user", "content": "ab"}])
 
 
 def test_templates_are_confined(tokenizers_by_template: dict[str, Tokenizer]) -> None:

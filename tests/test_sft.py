@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 import puna
-from puna.data.conversations import ChatSource
 from puna.errors import CheckpointError, UsageError
 from puna.eval.conversations import rehearsal
 from puna.log import Metrics
@@ -206,8 +205,7 @@ def test_before_and_after_are_told(base: Path, rows: Path, tmp_path: Path) -> No
         "judge.max_tokens": 4,
         "watch.path": rows,
         "watch.limit": 3,
-        "rehearse.path": rows,
-        "rehearse.limit": 2,
+        "rehearse": 3,
         "samples.prompts": ["How many <b>llamas</b>?"],
         "seq_len": 192,
     }
@@ -239,21 +237,20 @@ def test_before_and_after_are_told(base: Path, rows: Path, tmp_path: Path) -> No
     assert [r["step"] for r in Metrics(again / "samples.jsonl").read()] == [0, 3, 6, 9]
 
 
-def test_rehearsal_is_in_the_models_own_ids(rows: Path) -> None:
-    """A cut answer must not get an end it did not have; a prompt is asked once."""
+def test_rehearsal_is_in_the_models_own_ids() -> None:
+    """A question's own end is the template's to write; a cut answer must not get an end that it did not have."""
 
     class Template:
-        def prompt(self, messages: list[dict[str, str]]) -> list[int]:
-            return [ord(c) for c in messages[-1]["content"][-4:]]
+        def around_user(self) -> tuple[list[int], list[int]]:
+            return [1, 2], [3]
 
     class Model:
-        template = Template()
+        template, stop_ids = Template(), [0]
+        rounds = iter([[[7, 0], [8, 9]], [[70, 0], [71, 72]]])
 
         def continue_ids(self, prompts: list[list[int]], max_tokens: int, **sampling: Any) -> list[list[int]]:
-            return [[72, number] for number, _ in enumerate(prompts)]
+            rows = next(self.rounds)
+            assert len(rows) == len(prompts)
+            return rows
 
-    again = rows.with_name("again.jsonl")
-    again.write_text(rows.read_text().splitlines()[0] + "\n" + rows.read_text())
-    kept = rehearsal(Model(), ChatSource(path=again, limit=6), batch_size=4)  # type: ignore[arg-type]
-    assert [chr(p[0][-2]) for p in kept] == ["0", "1", "2", "3", "4"]
-    assert [answer for _, answer in kept] == [[72, 0], [72, 1], [72, 2], [72, 3], [72, 0]]
+    assert rehearsal(Model(), 2) == [([1, 2, 7, 3], [70, 0]), ([1, 2, 8, 9, 3], [71, 72])]  # type: ignore[arg-type]

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from puna.data.conversations import ChatSource, read_conversations
 from puna.data.packing import PackedLoader
 from puna.infer.llama import Llama
 from puna.log import Progress
 from puna.model.transformer import Transformer
 from puna.train.objectives import next_token
+
+_AT_ONCE = 64
 
 
 @torch.no_grad()
@@ -26,24 +27,24 @@ def mean_loss(model: Transformer, conversations: PackedLoader) -> float:
     return total / n
 
 
-def rehearsal(
-    llama: Llama, source: ChatSource, max_tokens: int = 64, batch_size: int = 32
-) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, answer ids) of the model's own answers to the first message of each conversation, temperature 0.7.
+def rehearsal(llama: Llama, count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, answer ids) of `count` questions that the model asks itself, and its own answers.
 
-    Trained along with new tasks they keep what the model could say before (self-synthesized rehearsal, Huang et al.
-    2024): no data of another's making is needed, and its own words cost little loss to keep. An answer that was cut
-    has no stop id at its end, so it teaches to go on, not to stop.
+    A chat model that is given the start of a user's turn writes a user's question (Magpie, Xu et al. 2024). Trained
+    along with new tasks its own words keep what it could say before and cost little loss to keep (self-synthesized
+    rehearsal, Huang et al. 2024). Long questions are cut, which is question enough; an answer that was cut has no
+    stop id, so it teaches to go on and not to stop.
     """
-    asked = [next(m for m in c.messages if m["role"] == "user") for c in read_conversations(source)]
-    prompts = [llama.template.prompt([m]) for m in {m["content"]: m for m in asked}.values()]
-    answers: list[list[int]] = []
-    with Progress("rehearsal", len(prompts)) as progress:
-        for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
-            answers += llama.continue_ids(part, max_tokens, temperature=0.7, seed=start)
-            progress.update(len(answers))
-    return list(zip(prompts, answers, strict=True))
+    before, after = llama.template.around_user()
+    pairs: list[tuple[list[int], list[int]]] = []
+    with Progress("rehearsal", count) as progress:
+        for start in range(0, count, _AT_ONCE):
+            blank = [before] * min(_AT_ONCE, count - start)
+            asked = llama.continue_ids(blank, 32, temperature=0.9, seed=seed + start)
+            prompts = [[*before, *(i for i in ids if i not in llama.stop_ids), *after] for ids in asked]
+            pairs += zip(prompts, llama.continue_ids(prompts, 64, temperature=0.7, seed=seed + start), strict=True)
+            progress.update(start + len(blank))
+    return pairs
 
 
 def replies(llama: Llama, prompts: Sequence[str], max_tokens: int) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from textwrap import shorten
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from puna.checkpoint.adapter import save_adapter
 from puna.checkpoint.model_directory import save_model
@@ -76,8 +76,8 @@ class Config(RecipeConfig):
     steps: PositiveInt = 200
     valid_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Conversations held out (by hash) to measure the loss on."""
-    rehearse: ChatSource = ChatSource()
-    """Prompts that the untuned model answers first; training on its own answers too keeps it from forgetting."""
+    rehearse: NonNegativeInt = 0
+    """Questions the untuned chat model asks and answers itself first; trained along they keep it from forgetting."""
     watch: ChatSource = ChatSource()
     """Conversations of another kind: the loss on them tells what tuning forgets. None by default."""
     judge: TaskConfig = TaskConfig()
@@ -99,8 +99,8 @@ def main(config: Config) -> Path:
         tokenizer, rows = encode(config, base.tokenizer)
         llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
         train, valid = _split(rows, config.valid_fraction)
-        if given(config.rehearse):
-            own = run.once("rehearsal", partial(rehearsal, llama, config.rehearse))
+        if config.rehearse:
+            own = run.once("rehearsal", partial(rehearsal, llama, config.rehearse, config.seed))
             train += [Encoded([*a, *b], [False] * len(a) + [True] * len(b)) for a, b in own]
         packed = partial(PackedLoader, seq_len=config.seq_len, batch_size=config.batch_size, pad_id=tokenizer.eos_id)
         batches = packed(train, seed=config.seed)

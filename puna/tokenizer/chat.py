@@ -69,6 +69,12 @@ class ChatFormat:
         """The ids to generate the assistant's next message from; history is cut where training cut it."""
         return [i for text, _ in self._stretches(messages, add_generation_prompt=True) for i in self._ids(text)]
 
+    def around_user(self) -> tuple[list[int], list[int]]:
+        """The ids before and after the words of a first user message, up to where the assistant begins."""
+        mark = "\ue000"  # a private-use character that no template writes
+        before, _, after = self.render([{"role": "user", "content": mark}], True).partition(mark)
+        return self._ids(before), self._ids(after)
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The template's text, control strings of messages as private-use characters (see `reveal`).
 

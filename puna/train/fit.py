@@ -144,7 +144,7 @@ def train_step(
     trained = [p for p in model.parameters() if p.grad is not None]
     grad_norm = float(nn.utils.clip_grad_norm_(trained, clip or float("inf")))
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["rate"]
     if admit(row["loss"], grad_norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
