@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from puna.files import disk_errors, write_text
 
 log = logging.getLogger("puna")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def setup_logging(verbosity: int = 0) -> None:
@@ -20,6 +22,11 @@ def setup_logging(verbosity: int = 0) -> None:
     log.handlers[:] = [handler]
     log.setLevel({-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG))
     log.propagate = False
+
+
+def harmless(text: str, instead: str = "") -> str:
+    """`text` without what a terminal would obey: a model's words, and people's data, are not to be trusted."""
+    return _CONTROL.sub(instead, text)
 
 
 class Metrics:

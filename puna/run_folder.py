@@ -139,10 +139,12 @@ def _check_continues(config: RecipeConfig, folder: Path) -> None:
     old, new = dict(read_yaml(folder / "resolved.yaml")), config.model_dump(mode="json", exclude={"output"})
     old.pop("output", None)  # a run may be moved
     changed = list(differences(old, new))
-    if changed and not any((folder / "checkpoints").glob("step-*")) and not Metrics(folder / "metrics.jsonl").read():
+    trained = any("loss" in row for row in Metrics(folder / "metrics.jsonl").read())
+    if changed and not any((folder / "checkpoints").glob("step-*")) and not trained:
         log.info("nothing was trained in %s yet: taking the new config", folder)
         write_text(folder / "resolved.yaml", to_yaml(config))
-        (folder / "measured.json").unlink(missing_ok=True)
+        for name in ("measured.json", "metrics.jsonl", "samples.jsonl"):
+            (folder / name).unlink(missing_ok=True)
         return
     if changed:
         raise UsageError(

@@ -40,6 +40,11 @@ def test_settings_are_checked() -> None:
     assert ChatSource(reasoning_gym=["chain_sum"]).reasoning_gym == {"chain_sum": {}}  # type: ignore[arg-type]
 
 
+def source(packages: list[str], **more: int) -> ChatSource:
+    """Past the names that the config knows."""
+    return ChatSource.model_construct(packages=packages, **more)
+
+
 def test_dialogues_end_with_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A question without an answer trains nothing, and numbers in YAML are words that were said."""
     folder = tmp_path / "talk" / "data" / "english"
@@ -49,14 +54,14 @@ def test_dialogues_end_with_an_answer(tmp_path: Path, monkeypatch: pytest.Monkey
     (folder / "coding.yml").write_text("conversations:\n- - a\n  - b\n", encoding="utf-8")
     monkeypatch.setitem(dialogues.DIALOGUES, "talk", Package("talk", "talk", "test"))
     monkeypatch.setattr(Package, "require", lambda self: tmp_path / self.module)
-    found = list(read_conversations(ChatSource(packages=["talk"])))
+    found = list(read_conversations(source(["talk"])))
     assert [where for where, _ in found] == ["a.yml:1", "a.yml:3"]
     assert found[0].messages == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     assert found[1].messages[1]["content"] == "1963"
-    assert len(list(read_conversations(ChatSource(packages=["talk"], limit=1)))) == 1
+    assert len(list(read_conversations(source(["talk"], limit=1)))) == 1
     (folder / "a.yml").write_text("nothing: 1\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"a\.yml"):
-        list(read_conversations(ChatSource(packages=["talk"])))
+        list(read_conversations(source(["talk"])))
     with pytest.raises(UsageError, match="chatterbot"):
-        list(read_conversations(ChatSource(packages=["chaterbot"])))
+        list(read_conversations(source(["chaterbot"])))
     assert conversations.given(ChatSource()) is False

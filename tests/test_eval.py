@@ -47,15 +47,19 @@ def test_gains_are_paired() -> None:
     assert low < 0 == value < high
 
 
-def test_the_gain_is_over_the_better_guess(sums: None) -> None:
+def test_the_gain_is_over_the_better_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that learned to say the most frequent answer has learned nothing."""
-    config = TaskConfig(tasks={"sums": {}}, limit=20)
-    answers = "1" * 10 + "0" * 10
-    row = compare({"sums": "0" * 20}, {"sums": answers}, config)[0]
-    best = max(Score("sums", "0" * 20), majority("sums", 20), key=lambda s: s.right)
-    assert row["gain"] == gain(best, Score("sums", answers))
-    assert row["before"][1] == 0
-    assert row["after"][1] == 0.5
+    ones = [(f"{i}?", "1" if i % 5 < 3 else "2") for i in range(1000)]
+    monkeypatch.setattr(tasks, "problems", lambda task, size, seed=0, settings=None, unseen=False: ones[:size])
+    config = TaskConfig(tasks={"count": {}}, limit=20)
+    always_one = "11100" * 4
+    row = compare({"count": "0" * 20}, {"count": always_one}, config)[0]
+    assert (row["before"][1], row["majority"], row["after"][1]) == (0, 0.6, 0.6)
+    assert row["gain"][1] == 0
+    assert row["gain"][0] < 0 < row["gain"][2]
+    better = compare({"count": "1" * 16 + "0" * 4}, {"count": "1" * 20}, config)[0]
+    assert better["gain"][1] == pytest.approx(0.2)
+    assert compare({"count": "0" * 20}, {"count": "1" * 20}, config)[0]["gain"][2] <= 1
 
 
 @pytest.fixture
@@ -80,12 +84,13 @@ def test_every_question_gets_its_own_answer(sums: None) -> None:
             str(int(c[-1]["content"].split("+")[0]) + int(c[-1]["content"].split("+")[1]) % 3) for c in conversations
         ]
 
-    score = evaluate_task("sums", in_batches(answer, 4, lambda done: None), 30, shots=2)
+    config = TaskConfig(tasks={"sums": {}}, limit=30, shots=2, lenient=False)
+    score = evaluate_task("sums", config, in_batches(answer, 4, lambda done: None))
     assert (score.right, score.n) == (30, 30)
     assert {len(c) for c in seen} == {5}
     asked = {c[-1]["content"] for c in seen}
     assert not asked & {m["content"] for c in seen for m in c[:-1]}  # a shot that is the question gives it away
-    assert evaluate_task("sums", lambda cs: [" no "] * len(cs), 5).right == 0
+    assert evaluate_task("sums", config, lambda cs: [" no "] * len(cs)).right == 0
     assert majority("sums", 30).n == 30
 
 

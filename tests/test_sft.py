@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import puna
 from puna.errors import CheckpointError, UsageError
-from puna.eval.conversations import rehearsal
+from puna.infer.rehearsal import rehearsal
 from puna.log import Metrics
 from puna.recipes import run, sft
 
@@ -82,20 +82,24 @@ def test_resume_is_bit_identical(lora: Any, base: Path, rows: Path, tmp_path: Pa
 def test_a_crash_amid_accumulation_leaves_nothing(
     lora: Any, base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dead between two micro-batches of step 8, in the second epoch: half a gradient must not reach the resumed run."""
-    straight = tune(base, rows, tmp_path / "straight", lora=lora)
-    whole, calls = sft.next_token, iter(range(10**6))
+    """Dead between two micro-batches: half a gradient, or draws made before training, must not reach the next start."""
+    pytest.importorskip("reasoning_gym")
+    words = {"lora": lora, "rehearse": 2, "judge.tasks": ["chain_sum"], "judge.limit": 2, "seq_len": 192}
+    straight = tune(base, rows, tmp_path / "straight", **words)
+    whole = sft.next_token
+    for fatal in (3, 9):  # two micro-batches a step: amid step 2, before any checkpoint, and amid step 5 of the resumed
+        calls = iter(range(10**6))
 
-    def fails(model: Any, batch: Any) -> Any:
-        if next(calls) == 15:  # two micro-batches a step
-            raise RuntimeError("power cut")
-        return whole(model, batch)
+        def fails(model: Any, batch: Any, calls: Any = calls, fatal: int = fatal) -> Any:
+            if next(calls) == fatal:
+                raise RuntimeError("power cut")
+            return whole(model, batch)
 
-    monkeypatch.setattr(sft, "next_token", fails)
-    with pytest.raises(RuntimeError, match="power cut"):
-        tune(base, rows, tmp_path / "cut", lora=lora)
-    monkeypatch.undo()
-    resumed = tune(base, rows, tmp_path / "cut", lora=lora)
+        monkeypatch.setattr(sft, "next_token", fails)
+        with pytest.raises(RuntimeError, match="power cut"):
+            tune(base, rows, tmp_path / "cut", **words)
+        monkeypatch.undo()
+    resumed = tune(base, rows, tmp_path / "cut", **words)
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     ours, theirs = load_file(resumed / "final" / name), load_file(straight / "final" / name)
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
@@ -253,4 +257,10 @@ def test_rehearsal_is_in_the_models_own_ids() -> None:
             assert len(rows) == len(prompts)
             return rows
 
-    assert rehearsal(Model(), 2) == [([1, 2, 7, 3], [70, 0]), ([1, 2, 8, 9, 3], [71, 72])]  # type: ignore[arg-type]
+    rows = rehearsal(Model(), 2, seq_len=6)  # type: ignore[arg-type]
+    assert rows == [
+        ([1, 2, 7, 3, 70, 0], [False, False, False, False, True, True]),
+        ([1, 2, 8, 9, 3, 71], [False, False, False, False, False, True]),
+    ]
+    Model.rounds = iter([[[7, 0]], [[70, 0]]])
+    assert rehearsal(Model(), 1, seq_len=4) == []  # type: ignore[arg-type]

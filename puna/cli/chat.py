@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from puna.cli.output import harmless
 from puna.errors import UsageError
-from puna.log import log
+from puna.log import harmless, log
 
 _HELP = 'Type a message; """ begins and ends one of several lines. /system TEXT, /retry, /save FILE, /quit.'
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from puna.cli.output import Json, print_json
+from puna.config import load_config, parse_words
 from puna.errors import DataError, UsageError
 
 
@@ -17,31 +18,36 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A model or run folder, a .gguf file, or smollm2-135m.")
     ],
-    tasks: Annotated[str, typer.Option(help="reasoning-gym tasks, such as chain_sum,spell_backward.")] = "",
+    tasks: Annotated[
+        str, typer.Option(help='reasoning-gym tasks: a,b or with settings "{chain_sum: {max_terms: 2}}".')
+    ] = "",
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file: bits per byte and perplexity.")] = None,
-    limit: Annotated[int, typer.Option(help="Problems of each task.", min=1)] = 100,
+    limit: Annotated[int, typer.Option(help="Problems of each task.", min=1)] = 200,
     shots: Annotated[int, typer.Option(help="Solved problems before each question.", min=0)] = 0,
-    lenient: Annotated[bool, typer.Option("--lenient", help="The answer may stand inside a sentence.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="Most ids in an answer.", min=1)] = 48,
-    batch_size: Annotated[int, typer.Option(help="Questions at a time.", min=1)] = 16,
+    strict: Annotated[bool, typer.Option("--strict", help="The reply has to be the answer, nothing else.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Most ids in an answer.", min=1)] = 24,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.", min=1)] = 32,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp64.")] = "auto",
     as_json: bool = Json,
 ) -> None:
     """Measure a model: puna eval runs/sft --tasks chain_sum --limit 200"""
-    names = [name for name in tasks.split(",") if name]
-    if not names and text is None:
+    if not tasks and text is None:
         raise UsageError("nothing to measure", fix="--tasks chain_sum, or --text FILE")
+    from puna.eval.tasks import TaskConfig, check_tasks, evaluate_tasks, majority
     from puna.infer.llama import load
 
+    listed = tasks if tasks.startswith(("{", "[")) else f"[{tasks}]"
+    given = {**parse_words([f"tasks={listed}"]), "limit": limit, "shots": shots, "lenient": not strict}
+    config = load_config(TaskConfig, given={**given, "max_tokens": max_tokens, "batch_size": batch_size})
+    check_tasks(config.tasks)
     llama = load(model, dtype=dtype)
-    from puna.eval.tasks import TaskConfig, evaluate_tasks, majority
-
     results: list[dict[str, Any]] = [_text(llama, text)] if text else []
-    config = TaskConfig(tasks=names, limit=limit, shots=shots, max_tokens=max_tokens, batch_size=batch_size)  # type: ignore[arg-type]
-    for score in evaluate_tasks(llama, config, lenient):
+    for score in evaluate_tasks(llama, config):
         low, value, high = score.interval
-        guess = majority(score.task, limit).accuracy
-        results.append({"task": score.task, "accuracy": value, "low": low, "high": high, "n": limit, "majority": guess})
+        settings = config.tasks[score.task]
+        row: dict[str, Any] = {"task": score.task, "accuracy": value, "low": low, "high": high, "n": score.n}
+        row["majority"] = majority(score.task, limit, settings).accuracy
+        results.append({**row, "shots": shots, "lenient": config.lenient, "settings": settings})
     if as_json:
         print_json(results)
         return

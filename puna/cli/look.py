@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from puna.cli.output import Json, harmless, print_fields, print_json, print_rows
+from puna.cli.output import Json, print_fields, print_json, print_rows
 from puna.config import parse_words, read_yaml
 from puna.errors import UsageError
-from puna.log import Metrics, clock
+from puna.log import Metrics, clock, harmless
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of token shards.")]
 TokenizerFolder = Annotated[
@@ -114,7 +114,7 @@ def _conversations(config: str, words: list[str], numbers: list[int]) -> list[di
             f"a config for {recipe} has no conversations", where=config, fix="a folder of shards, or an sft config"
         )
     settings: Any = load(recipe, config, parse_words(words))
-    tokenizer, rows = encode(settings, _tokenizer(settings.model))
+    tokenizer, rows = encode(settings, _tokenizer(settings.model), settings.data)
     if outside := [n for n in numbers if not 0 <= n < len(rows)]:
         raise UsageError(f"no conversation {outside}", cause=f"there are {len(rows)}")
     shown = [(n, rows[n]) for n in numbers]

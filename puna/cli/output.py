@@ -1,7 +1,6 @@
 """Results on stdout: aligned columns for people, JSON for programs."""
 
 import json
-import re
 import shutil
 import sys
 import textwrap
@@ -10,13 +9,7 @@ from typing import Any
 
 import typer
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 Json = typer.Option(False, "--json", help="Print JSON.")
-
-
-def harmless(text: str, instead: str = "") -> str:
-    """`text` without what a terminal would obey: a model's words, and people's data, are not to be trusted."""
-    return _CONTROL.sub(instead, text)
 
 
 def print_json(value: Any) -> None:

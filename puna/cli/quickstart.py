@@ -7,8 +7,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from puna.errors import DataError
-from puna.log import clock, log
+from puna.errors import CheckpointError, DataError
+from puna.log import clock, harmless, log
 from puna.recipes import load
 from puna.recipes import run as run_recipe
 
@@ -111,11 +111,10 @@ def _show_newborn(run: Path) -> None:
     llama = load_model(run)
     prompts = ["ROMEO.\nWhat light", "And it came to pass", "The king"]
     for prompt, text in zip(prompts, llama.generate(prompts, max_tokens=60, temperature=0.7, top_p=0.95), strict=True):
-        print(f"--- {prompt!r}\n{prompt}{text}")
+        print(f"--- {prompt!r}\n{prompt}{harmless(text)}")
 
 
 def _show_answers(run: Path) -> None:
-    from puna.cli.output import harmless
     from puna.log import Metrics
 
     rows = Metrics(run / "samples.jsonl").read()
@@ -140,8 +139,13 @@ def _show_tuned(run: Path, merged: Path) -> None:
         merge(str(run), merged, "fp32")
     trained, reloaded = (load_model(path, dtype="fp32") for path in (run, merged))
     parity = compare_models(trained, reloaded, read_yaml(run / "resolved.yaml")["samples"]["prompts"])
-    same = f"{parity.same} of {parity.prompts} answers the same"
-    log.info("adapter on its base against merged, saved and reloaded: logits within %.1e, %s", parity[0], same)
+    told = f"logits within {parity.max_difference:.1e}, {parity.same} of {parity.prompts} answers the same"
+    log.info("adapter on its base against merged, saved and reloaded: %s", told)
+    if parity.max_difference > 3e-4 or parity.same < parity.prompts:
+        raise CheckpointError(
+            f"the merged model is not the trained one: {told}", where=merged,
+            cause="it was merged from another run", fix=f"remove {merged} and run puna quickstart again",
+        )  # fmt: skip
     result = read_json(run / "result.json")
     print(f"{'percent right':16} {'before':>8} {'majority':>8} {'after':>8}   gain")
     for row in result["tasks"]:

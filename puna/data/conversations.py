@@ -3,12 +3,13 @@
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
@@ -32,13 +33,13 @@ Tasks = Annotated[dict[str, dict[str, int | float | bool | str]], BeforeValidato
 
 
 class ChatSource(Config):
-    """Where conversations come from: a file, or procedural tasks of reasoning-gym."""
+    """Where conversations come from: a file, a package of small talk, or procedural tasks of reasoning-gym."""
 
     path: UserPath | None = None
     """JSONL, JSON or Parquet with `messages`, `conversations`, instruction/input/output or prompt/completion."""
     reasoning_gym: Tasks = {}
     """Tasks such as chain_sum, by name or with settings: {chain_sum: {max_terms: 3}}."""
-    packages: list[str] = []
+    packages: list[Literal["chatterbot"]] = []
     """Small talk that comes as a Python package: chatterbot."""
     size: int = Field(default=1000, ge=1, lt=1 << 23)
     """Problems of each task."""
@@ -107,7 +108,8 @@ def problems(
     tries = 100 * size + 1000
     try:
         made = reasoning_gym.create_dataset(task, size=tries, seed=seed, **(settings or {}))
-    except AssertionError as error:
+        made[0]
+    except (AssertionError, TypeError, ValueError) as error:
         raise UsageError(f"{task} refuses its settings: {error}") from None
     found: list[tuple[str, str]] = []
     asked: set[str] = set()
@@ -118,11 +120,15 @@ def problems(
             asked |= {question} if unseen else set()
         if len(found) == size:
             return found
-    raise UsageError(f"{task} with these settings has only {len(found)} problems to ask", fix=f"limit={len(found)}")
+    raise UsageError(
+        f"{task} with these settings has only {len(found)} problems to ask", fix="fewer, or wider settings"
+    )
 
 
 def _kept_for_evaluation(question: str) -> bool:
-    return hashlib.sha256(question.encode()).digest()[0] % 8 == 0
+    """Whatever the case and order of its words: 2 + 3 and 3 + 2 are on one side."""
+    words = " ".join(sorted(re.findall(r"\w+", question.lower())))
+    return hashlib.sha256(words.encode()).digest()[0] % 8 == 0
 
 
 def to_messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:

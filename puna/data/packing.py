@@ -45,6 +45,15 @@ def encode_conversations(
     return rows
 
 
+def split_rows(rows: Sequence[Encoded], share: float) -> tuple[list[Encoded], list[Encoded]]:
+    """(training, held out) by the hash of their ids: equal rows are on one side, and more rows move none."""
+    sides: tuple[list[Encoded], list[Encoded]] = ([], [])
+    for row in rows:
+        draw = int.from_bytes(hashlib.sha256(repr(row.ids).encode()).digest()[:8], "little") / 2**64
+        sides[draw < share].append(row)
+    return sides
+
+
 def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     """Which rows share a pack: best fit, longest first; a pure function of its arguments."""
     packs: list[list[int]] = []
@@ -64,6 +73,8 @@ class PackedLoader:
 
     def __init__(self, rows: Sequence[Encoded], seq_len: int, batch_size: int, pad_id: int, seed: int):
         self.rows, self.seq_len, self.batch_size, self.pad_id, self.seed = rows, seq_len, batch_size, pad_id, seed
+        if longest := max((len(r.ids) for r in rows if len(r.ids) > seq_len), default=0):
+            raise DataError(f"a conversation of {longest} ids does not fit seq_len={seq_len}", fix="a larger seq_len")
         self.packs = pack([len(r.ids) for r in rows], seq_len)
         digest = hashlib.sha256(repr([(r.ids, r.trained) for r in rows]).encode())
         self.fingerprint = "sha256:" + digest.hexdigest()

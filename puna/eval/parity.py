@@ -15,12 +15,12 @@ class Parity(NamedTuple):
 
 
 def compare_models(a: Llama, b: Llama, prompts: Sequence[str], max_tokens: int = 32) -> Parity:
-    """Ask both the same chat messages; logits are compared over each prompt with `a`'s answer."""
+    """Ask both the same chat messages, each by its own template; logits are compared over `a`'s prompt and answer."""
     worst, same = 0.0, 0
     for prompt in prompts:
-        ids = a.template.prompt([{"role": "user", "content": prompt}])
-        ours, theirs = (llama.continue_ids([ids], max_tokens)[0] for llama in (a, b))
-        whole = [[*ids, *ours]]
+        asked = [llama.template.prompt([{"role": "user", "content": prompt}]) for llama in (a, b)]
+        ours, theirs = (llama.continue_ids([ids], max_tokens)[0] for llama, ids in zip((a, b), asked, strict=True))
+        whole = [[*asked[0], *ours]]
         worst = max(worst, (a.logits(whole) - b.logits(whole)).abs().max().item())
-        same += ours == theirs and a.tokenizer.decode(ours) == b.tokenizer.decode(theirs)
+        same += ours == theirs and asked[0] == asked[1]
     return Parity(worst, same, len(prompts))

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from puna.model.mode import evaluating
 from puna.model.transformer import Transformer
 from puna.ops.cross_entropy import linear_cross_entropy
 from puna.tokenizer.tokenizer import Tokenizer
@@ -44,17 +45,15 @@ def bits_per_byte(
     device = next(model.parameters()).device
     count = -(-(shards.tokens - 1) // seq_len)
     chosen = range(count) if max_windows is None else range(0, count, max(1, -(-count // max_windows)))
-    training = model.training
-    model.eval()
     nats = torch.zeros((), dtype=torch.float64)
     scored = 0
-    for start in range(0, len(chosen), batch_size):
-        for rows in _windows(shards, chosen[start : start + batch_size], seq_len):
-            rows = rows.to(device)
-            hidden = model(rows[:, :-1], head=False).flatten(0, 1)
-            nats += linear_cross_entropy(hidden, model.lm_head.weight, rows[:, 1:].flatten()).double().cpu()
-            scored += rows.numel() - len(rows)
-    model.train(training)
+    with evaluating(model):
+        for start in range(0, len(chosen), batch_size):
+            for rows in _windows(shards, chosen[start : start + batch_size], seq_len):
+                rows = rows.to(device)
+                hidden = model(rows[:, :-1], head=False).flatten(0, 1)
+                nats += linear_cross_entropy(hidden, model.lm_head.weight, rows[:, 1:].flatten()).double().cpu()
+                scored += rows.numel() - len(rows)
     return float(nats) / math.log(2) / (shards.bytes * scored / (shards.tokens - 1))
 
 

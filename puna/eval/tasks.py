@@ -35,6 +35,8 @@ class TaskConfig(Config):
     """Most ids in an answer."""
     batch_size: PositiveInt = 32
     """Questions answered at a time."""
+    lenient: bool = True
+    """The right answer may stand inside a sentence (the last number, any word); else the reply has to be it."""
 
 
 class Score(NamedTuple):
@@ -72,40 +74,36 @@ def gain(before: Score, after: Score) -> Interval:
     won = sum(b < a for b, a in zip(before.marks, after.marks, strict=True)) + 0.5
     lost = sum(b > a for b, a in zip(before.marks, after.marks, strict=True)) + 0.5
     half = _Z * math.sqrt(won + lost - (won - lost) ** 2 / n) / n
-    return (won - lost) / n - half, after.accuracy - before.accuracy, (won - lost) / n + half
+    middle = (won - lost) / n
+    return max(-1.0, middle - half), after.accuracy - before.accuracy, min(1.0, middle + half)
 
 
-def evaluate_tasks(llama: Llama, config: TaskConfig, lenient: bool = True) -> Iterator[Score]:
+def check_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise for a name or a setting that reasoning-gym does not know, before anybody waits for an answer."""
+    for task, settings in tasks.items():
+        problems(task, 1, settings=settings)
+
+
+def evaluate_tasks(llama: Llama, config: TaskConfig) -> Iterator[Score]:
     """A score for each task of the config, asked by the model's own chat template."""
 
     def answer(conversations: list[list[dict[str, Any]]]) -> list[str]:
         rows = llama.continue_ids([llama.template.prompt(c) for c in conversations], config.max_tokens)
         return [llama.tokenizer.decode(row) for row in rows]
 
-    for task, settings in config.tasks.items():
+    for task in config.tasks:
         with Progress(task, config.limit) as progress:
-            batched = in_batches(answer, config.batch_size, progress.update)
-            yield evaluate_task(task, batched, config.limit, config.shots, lenient, settings)
+            yield evaluate_task(task, config, in_batches(answer, config.batch_size, progress.update))
 
 
-def evaluate_task(
-    task: str,
-    answer: Answer,
-    limit: int,
-    shots: int = 0,
-    lenient: bool = False,
-    settings: Mapping[str, Any] | None = None,
-) -> Score:
-    """Ask `limit` unseen problems of a reasoning-gym task, each after `shots` solved ones.
-
-    Args:
-        lenient: the right answer may stand inside a sentence (`matches`); else the reply has to be it.
-    """
-    asked = problems(task, limit, settings=settings, unseen=True)
-    solved = problems(task, shots, _SOLVED, settings) if shots else []
+def evaluate_task(task: str, config: TaskConfig, answer: Answer) -> Score:
+    """Ask unseen problems of a task of the config, each after `shots` solved ones."""
+    settings = config.tasks[task]
+    asked = problems(task, config.limit, settings=settings, unseen=True)
+    solved = problems(task, config.shots, _SOLVED, settings) if config.shots else []
     before = [m for q, a in solved for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
     replies = answer([[*before, {"role": "user", "content": question}] for question, _ in asked])
-    score = matches if lenient else _equals
+    score = matches if config.lenient else _equals
     return _scored(task, (score(reply, right) for reply, (_, right) in zip(replies, asked, strict=True)))
 
 

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from puna.errors import UsageError
 from puna.infer.sampling import sample
 from puna.model.cache import KVCache
+from puna.model.mode import evaluating
 from puna.model.transformer import Transformer
 
 
@@ -46,29 +47,30 @@ def generate(
     device = next(model.parameters()).device
     generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
     cache = KVCache(model.config, len(prompts), min(limit, longest + max_tokens), model.compute_dtype, device)
-    if shared := _shared(prompts):
-        once = KVCache(model.config, 1, shared, model.compute_dtype, device)
-        model(torch.tensor([list(prompts[0][:shared])], device=device), cache=once, head=False)
-        cache.begin_with(once)
-    tokens = pad_sequence([torch.tensor(list(p[shared:]), device=device) for p in prompts], batch_first=True)
-    positions = torch.arange(shared, longest, device=device).expand_as(tokens)
-    last = torch.tensor([len(p) - 1 - shared for p in prompts], device=device)
-    out: list[list[int]] = [[] for _ in prompts]
-    done = [max_tokens < 1] * len(prompts)
-    while not all(done):
-        hidden = model(tokens, positions=positions, cache=cache, head=False)
-        hidden = hidden[torch.arange(len(prompts), device=device), last.clamp(max=hidden.shape[1] - 1)]
-        chosen = sample(model.lm_head(hidden), temperature, top_p, generators)
-        for row, token in enumerate(chosen.tolist()):
-            if not done[row]:
-                out[row].append(token)
-                if on_token is not None and row == 0:
-                    on_token(token)
-                full = len(prompts[row]) + len(out[row]) >= limit
-                done[row] = token in stop_ids or len(out[row]) >= max_tokens or full
-        lengths = [len(p) + len(o) - 1 for p, o in zip(prompts, out, strict=True)]
-        positions = torch.tensor(lengths, device=device)[:, None]  # (B, 1): finished rows rewrite their last slot
-        tokens, last = chosen[:, None], torch.zeros_like(last)
+    with evaluating(model):
+        if shared := _shared(prompts):
+            once = KVCache(model.config, 1, shared, model.compute_dtype, device)
+            model(torch.tensor([list(prompts[0][:shared])], device=device), cache=once, head=False)
+            cache.begin_with(once)
+        tokens = pad_sequence([torch.tensor(list(p[shared:]), device=device) for p in prompts], batch_first=True)
+        positions = torch.arange(shared, longest, device=device).expand_as(tokens)
+        last = torch.tensor([len(p) - 1 - shared for p in prompts], device=device)
+        out: list[list[int]] = [[] for _ in prompts]
+        done = [max_tokens < 1] * len(prompts)
+        while not all(done):
+            hidden = model(tokens, positions=positions, cache=cache, head=False)
+            hidden = hidden[torch.arange(len(prompts), device=device), last.clamp(max=hidden.shape[1] - 1)]
+            chosen = sample(model.lm_head(hidden), temperature, top_p, generators)
+            for row, token in enumerate(chosen.tolist()):
+                if not done[row]:
+                    out[row].append(token)
+                    if on_token is not None and row == 0:
+                        on_token(token)
+                    full = len(prompts[row]) + len(out[row]) >= limit
+                    done[row] = token in stop_ids or len(out[row]) >= max_tokens or full
+            lengths = [len(p) + len(o) - 1 for p, o in zip(prompts, out, strict=True)]
+            positions = torch.tensor(lengths, device=device)[:, None]  # (B, 1): finished rows rewrite their last slot
+            tokens, last = chosen[:, None], torch.zeros_like(last)
     return out
 
 

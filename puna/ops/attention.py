@@ -21,11 +21,25 @@ class Documents:
     spans: tuple[tuple[int, int, int], ...]
 
     def dense(self, q: Tensor) -> Tensor:
-        """The same as a boolean tensor (B, 1, T, T); padding sees itself, since a softmax over nothing is NaN."""
-        mask = torch.eye(q.shape[-2], dtype=torch.bool, device=q.device).repeat(q.shape[0], 1, 1, 1)
-        for row, start, end in self.spans:
-            mask[row, 0, start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-        return mask
+        """The same as a boolean tensor (B, 1, T, T); padding sees itself, since a softmax over nothing is NaN.
+
+        Made once a batch: every layer of the model asks for the same.
+        """
+        rows, length = q.shape[0], q.shape[-2]
+        key = (rows, length, q.device)
+        if key not in self._dense:
+            text = torch.full((rows, length), -1, device=q.device)
+            for number, (row, start, end) in enumerate(self.spans):
+                text[row, start:end] = number
+            same = (text[:, :, None] == text[:, None, :]) & (text >= 0)[:, :, None]
+            causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+            itself = torch.eye(length, dtype=torch.bool, device=q.device)
+            self._dense[key] = (same & causal | itself)[:, None]
+        return self._dense[key]
+
+    @cached_property
+    def _dense(self) -> dict[tuple[int, int, torch.device], Tensor]:
+        return {}
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -71,7 +85,7 @@ def attention_eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tenso
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
-    """`attention_eager` by the fastest way of the device; on a GPU no (T, S) matrix is kept for the backward."""
+    """`attention_eager` by the fastest way of the device."""
     if q.device.type == "cpu" and not isinstance(mask, Tensor):
         return causal_attention(q, k, v) if mask is None else _by_document(q, k, v, mask)
     # Repeating the key heads beats enable_gqa=True on CPU, where that flag falls back to the unfused kernel.

@@ -6,6 +6,7 @@ the block. The query heads of one key head are rows of one product, so keys and 
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK = 128  # queries at a time; 64 to 256 measured: smaller are slow products, larger compute more that is masked
 KEEP = 512  # up to this length the weights are kept for the backward (T^2 / 2 a head), beyond they are made again
@@ -36,6 +37,7 @@ class _Causal(torch.autograd.Function):
         return out.view(q.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         q, k, v, *kept = ctx.saved_tensors
         length, dim = q.shape[2:]

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORE = -100
 """The label of a position that is not trained."""
@@ -64,6 +65,7 @@ class _Chunked(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_total: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_weight is not None:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
@@ -41,6 +42,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * scale).to(x.dtype) * weight.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
         scaled = x * scale  # fp32

@@ -18,7 +18,7 @@ from puna.errors import UsageError
 from puna.eval.perplexity import bits_per_byte
 from puna.files import atomic_folder, write_json
 from puna.infer.generate import generate
-from puna.log import clock, log
+from puna.log import clock, harmless, log
 from puna.model.config import count_parameters
 from puna.model.init import build_model, init_weights, materialize
 from puna.model.presets import ModelChoice, ModelSpec, resolve_model
@@ -91,9 +91,9 @@ def main(config: Config) -> Path:
             result["seconds_compiling"] = plan["seconds_compiling"]
         if valid.tokens:
             result["bits_per_byte"] = bits_per_byte(model, valid, config.seq_len, config.batch_size)
+        write_json(run.folder / "result.json", result)
         with atomic_folder(run.final) as folder:
             save(folder, lineage={**made_from, "metrics": result})
-        write_json(run.folder / "result.json", result)
         _report(run, result)
     return config.output
 
@@ -122,12 +122,12 @@ def _evaluate(
     if options.prompts:
         ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in options.prompts]
         limits = {"max_tokens": options.max_tokens, "temperature": options.temperature, "seed": config.seed}
-        rows = generate(model.eval(), ids, stop_ids=tokenizer.stop_ids, **limits)
+        rows = generate(model, ids, stop_ids=tokenizer.stop_ids, **limits)
         for prompt, before, row in zip(options.prompts, ids, rows, strict=True):
             if not step:
                 break  # step 0 is the measuring of a time budget
             text = prompt + tokenizer.decode_after(before, row)
-            log.info("  it writes: %s", shorten(text.replace("\n", " / "), 100, placeholder=" ..."))
+            log.info("  it writes: %s", shorten(harmless(text).replace("\n", " / "), 100, placeholder=" ..."))
             run.samples.write(step=step, prompt=prompt, text=text)
     if not valid.tokens:
         return {}

@@ -1,7 +1,5 @@
 """Fine-tune a chat model on conversations: model + conversations -> adapter or model directory in `final/`."""
 
-import hashlib
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,17 +11,19 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from puna.checkpoint.adapter import save_adapter
 from puna.checkpoint.model_directory import save_model
+from puna.checkpoint.registry import load_tokenizer
 from puna.config import Config as BaseConfig
 from puna.config import RecipeConfig, UserPath
 from puna.data.conversations import ChatSource, given, read_conversations
-from puna.data.packing import PackedLoader, encode_conversations
+from puna.data.packing import PackedLoader, encode_conversations, split_rows
 from puna.device import calibrate_threads, choose_dtype
 from puna.errors import DataError
-from puna.eval.conversations import mean_loss, rehearsal, replies
-from puna.eval.tasks import TaskConfig, compare, evaluate_tasks
+from puna.eval.conversations import mean_loss, replies
+from puna.eval.tasks import TaskConfig, check_tasks, compare, evaluate_tasks
 from puna.files import atomic_folder, write_json
 from puna.infer.llama import Llama, load
-from puna.log import clock, log
+from puna.infer.rehearsal import rehearsal
+from puna.log import clock, harmless, log
 from puna.lora import LoraConfig, add_lora, lora_parameters
 from puna.run_folder import Run, lineage, open_run
 from puna.tokenizer.chat import ChatFormat, Encoded, Train, has_template
@@ -94,21 +94,21 @@ def main(config: Config) -> Path:
     """Train on packed conversations and write `final/`. Run again after an interruption, it goes on."""
     with open_run(config) as run:
         torch.set_num_threads(run.once("threads", calibrate_threads))
-        torch.manual_seed(config.seed)  # of dropout
+        check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
+        tokenizer, rows = encode(config, load_tokenizer(config.model), config.data)
+        watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
         base = _load(config)
-        tokenizer, rows = encode(config, base.tokenizer)
         llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
-        train, valid = _split(rows, config.valid_fraction)
+        train, valid = split_rows(rows, config.valid_fraction)
         if config.rehearse:
-            own = run.once("rehearsal", partial(rehearsal, llama, config.rehearse, config.seed))
-            train += [Encoded([*a, *b], [False] * len(a) + [True] * len(b)) for a, b in own]
+            own = partial(rehearsal, llama, config.rehearse, config.seq_len, config.seed)
+            train += [Encoded(*row) for row in run.once("rehearsal", own)]
         packed = partial(PackedLoader, seq_len=config.seq_len, batch_size=config.batch_size, pad_id=tokenizer.eos_id)
         batches = packed(train, seed=config.seed)
         what = f"{len(train)} conversations in {len(batches.packs)} rows of {config.seq_len} ids"
         log.info("%s, %d held out", what, len(valid))
-        held_out = {"valid_loss": packed(valid, seed=0)} if valid else {}
-        if given(config.watch):
-            held_out["watched_loss"] = packed(_encoded(read_conversations(config.watch), config, tokenizer), seed=0)
+        named = {"valid_loss": valid, "watched_loss": watched}
+        held_out = {name: packed(rows, seed=0) for name, rows in named.items() if rows}
         made_from = lineage(config, data=batches.fingerprint, parents=[config.model])
         save: Any = partial(save_model, model=llama.model, save_dtype=config.save_dtype, tokenizer=tokenizer)
         if config.lora:
@@ -116,9 +116,11 @@ def main(config: Config) -> Path:
         evaluate = partial(_evaluate, run=run, llama=llama, config=config, held_out=held_out)
         before = run.once("judged", partial(_judge, base if has_template(base.tokenizer) else llama, config.judge))
         if not run.metrics.read():
+            run.samples.rewind(-1)  # of a start that was cut short
             run.metrics.write(step=0, **evaluate(llama.model, 0))
         if config.compile:
             compile_blocks(llama.model)
+        torch.manual_seed(config.seed)  # of dropout: what was drawn until here differs between a start and a resume
         saved = partial(save, lineage=made_from)
         state = fit(run, llama.model, batches, next_token, config.train, config.steps, evaluate, saved)
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
@@ -126,22 +128,18 @@ def main(config: Config) -> Path:
         if config.judge.tasks:
             after = _judge(llama, config.judge.model_copy(update={"shots": 0}))
             result["tasks"] = compare(before, after, config.judge)
+        write_json(run.folder / "result.json", result)
         with atomic_folder(run.final) as folder:
             save(folder, lineage={**made_from, "metrics": result})
-        write_json(run.folder / "result.json", result)
     log.info("tuned in %s: %s", clock(state.seconds), run.final)
     return config.output
 
 
-def encode(config: Config, tokenizer: Tokenizer) -> tuple[Tokenizer, list[Encoded]]:
-    """The tokenizer with the chat template in force, and every conversation as ids and mask."""
-    source = ChatFormat(tokenizer, config.template).source
-    tokenizer = Tokenizer({**tokenizer.files, "chat_template.jinja": source.encode()})
-    return tokenizer, _encoded(read_conversations(config.data), config, tokenizer)
-
-
-def _encoded(conversations: Iterable[Any], config: Config, tokenizer: Tokenizer) -> list[Encoded]:
-    return encode_conversations(conversations, ChatFormat(tokenizer), config.seq_len, config.train_on)
+def encode(config: Config, tokenizer: Tokenizer, source: ChatSource) -> tuple[Tokenizer, list[Encoded]]:
+    """The tokenizer with the chat template in force, and every conversation of the source as ids and mask."""
+    chat = ChatFormat(tokenizer, config.template)
+    rows = encode_conversations(read_conversations(source), chat, config.seq_len, config.train_on)
+    return Tokenizer({**tokenizer.files, "chat_template.jinja": chat.source.encode()}), rows
 
 
 def _load(config: Config) -> Llama:
@@ -159,20 +157,12 @@ def _load(config: Config) -> Llama:
     return llama
 
 
-def _split(rows: Sequence[Encoded], share: float) -> tuple[list[Encoded], list[Encoded]]:
-    sides: tuple[list[Encoded], list[Encoded]] = ([], [])
-    for row in rows:
-        draw = int.from_bytes(hashlib.sha256(repr(row.ids).encode()).digest()[:8], "little") / 2**64
-        sides[draw < share].append(row)
-    return sides
-
-
 def _evaluate(
     model: Any, step: int, *, run: Run, llama: Llama, config: Config, held_out: dict[str, PackedLoader]
 ) -> dict[str, float]:
     """Mean loss over the trained tokens of each held-out set; answers to the fixed prompts go to samples.jsonl."""
     for prompt, answer in replies(llama, config.samples.prompts, config.samples.max_tokens):
-        log.info("  %s -> %s", prompt, shorten(answer.replace("\n", " / "), 100, placeholder=" ..."))
+        log.info("  %s -> %s", prompt, shorten(harmless(answer).replace("\n", " / "), 100, placeholder=" ..."))
         run.samples.write(step=step, prompt=prompt, text=answer)
     return {name: mean_loss(model, conversations) for name, conversations in held_out.items()}
 

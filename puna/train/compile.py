@@ -1,5 +1,8 @@
 """torch.compile where it pays: the two halves of a block around attention, one graph for all layers."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from puna.log import log
@@ -19,5 +22,11 @@ def compile_blocks(model: Transformer) -> bool:
         return False
     for layer in model.layers:
         assert isinstance(layer, Block)
-        layer.before, layer.after = torch.compile(layer.before), torch.compile(layer.after)  # type: ignore[method-assign]
+        layer.before, layer.after = _in_training(layer.before), _in_training(layer.after)  # type: ignore[method-assign]
     return True
+
+
+def _in_training(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled where gradients are made; generation has a new shape at every call and would compile for each."""
+    compiled = torch.compile(function)
+    return lambda *given: (compiled if torch.is_grad_enabled() else function)(*given)

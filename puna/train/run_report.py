@@ -60,7 +60,7 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, keys joined by dots."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             found |= flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value if isinstance(value, int | float | None) else str(value)
@@ -87,8 +87,9 @@ def _losses(rows: list[dict[str, Any]]) -> list[Section]:
     for key, name in _LOSSES.items():
         if found := [row for row in rows if key in row]:
             series.append(_series(name, found, key, dots=True))
-            first, last = found[0][key], found[-1][key]
-            cells.append([name, first, last, f"{100 * (last / first - 1):+.1f} %"])
+            first, last = found[0][key], found[-1][key]  # None: not finite
+            change = f"{100 * (last / first - 1):+.1f} %" if first and last else "not finite"
+            cells.append([name, first, last, change])
     if not series:
         return []
     table = Table("Loss before and after", ["on", "before", "after", "change"], cells, "Nats a trained token.")
