@@ -120,3 +120,13 @@ def test_compiled_halves_equal_eager(monkeypatch: pytest.MonkeyPatch, caplog: py
     compiled.square().sum().backward()
     for name, p in model.named_parameters():
         assert (p.grad - gradients[name]).norm() <= 1e-5 * gradients[name].norm(), name
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_masked_attention(queries: int) -> None:
+    """Generation's: grouped heads beside a ragged mask, where a query of another head or time would be seen."""
+    q, k, v = tensors((3, 6, queries, 8), (3, 2, 9, 8), (3, 2, 9, 8))
+    positions = torch.tensor([2, 5, 8 - queries])[:, None] + torch.arange(queries)
+    mask = torch.arange(9) <= positions[:, None, :, None]
+    with torch.no_grad():
+        close([attention(q, k, v, mask)], [attention_eager(q, k, v, mask)])

@@ -1,9 +1,11 @@
 """Fine-tuning end to end on a tiny model: exact resume, adapters by name, merge, chat."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,13 @@ from safetensors.torch import load_file
 
 import puna
 from puna.errors import CheckpointError, UsageError
+from puna.eval.parity import compare_models
 from puna.infer.rehearsal import rehearsal
 from puna.log import Metrics
+from puna.lora import lora_parameters
 from puna.recipes import run, sft
+from puna.tokenizer.chat import bundled
+from puna.tokenizer.tokenizer import Tokenizer
 
 SMALL = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 48}
 
@@ -193,6 +199,11 @@ def test_data_show_marks_what_is_trained(base: Path, rows: Path, tmp_path: Path)
     done = subprocess.run([*command, "train_on=last"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "llamas are 3 and 3?<|eot_id|>" in done.stdout
+    packed = subprocess.run([*command[:-2], "seq_len=300", "--json"], capture_output=True, text=True)
+    row = json.loads(packed.stdout)[0]
+    assert row["name"].startswith("row 0, conversations ")
+    assert 150 < len(row["ids"]) <= 300
+    assert sum(p == "<|eot_id|>" for p, t in zip(row["pieces"], row["trained"], strict=True) if t) > 2
     assert "\n\n[[6 llamas.<|eot_id|>]]\n" in done.stdout
     listed = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True).stdout)
     assert [p for p, t in zip(listed[0]["pieces"], listed[0]["trained"], strict=True) if t][-1] == "<|eot_id|>"
@@ -264,3 +275,28 @@ def test_rehearsal_is_in_the_models_own_ids() -> None:
     ]
     Model.rounds = iter([[[7, 0]], [[70, 0]]])
     assert rehearsal(Model(), 1, seq_len=4) == []  # type: ignore[arg-type]
+
+
+def test_parity_sees_what_differs(tuned: Path, tmp_path: Path) -> None:
+    """A merge of another run, or one that lost its template, has to fail the comparison that the quickstart makes."""
+    llama, same = (puna.load(tuned, dtype="fp32") for _ in range(2))
+    assert compare_models(llama, same, ["How many llamas?"], 8) == (0.0, 1, 1)
+    with torch.no_grad():
+        lora_parameters(same.model)["layers.0.mlp.up_proj.lora_B.weight"] += 0.1
+    assert compare_models(llama, same, ["How many llamas?"], 8).max_difference > 1e-3
+    template = bundled("llama3") + "{{ ' ' }}"
+    other = replace(llama, tokenizer=Tokenizer({**llama.tokenizer.files, "chat_template.jinja": template.encode()}))
+    assert compare_models(llama, other, ["How many llamas?"], 8).same == 0
+
+
+def test_one_report_of_all_acts(base: Path, tuned: Path, tmp_path: Path) -> None:
+    """The quickstart's page tells of every run, each under its own heading, with ids that do not collide."""
+    from puna.cli.quickstart import _write_report
+
+    for name, run_folder in (("pretrain", base), ("chat", tuned), ("lora", tuned)):
+        shutil.copytree(run_folder, tmp_path / name)
+    _write_report(tmp_path, ["tokenizer", "data", "pretrain", "chat", "lora"])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('<h2 class="part">') == 3
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))

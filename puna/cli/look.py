@@ -77,14 +77,16 @@ def show_data(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the config's.", show_default=False)
     ] = None,
     split: Annotated[str, typer.Option(help="Of shards: train or valid.")] = "train",
-    document: Annotated[list[int] | None, typer.Option("-n", help="Number of a document; may be repeated.")] = None,
+    document: Annotated[
+        list[int] | None, typer.Option("-n", help="Number of a document or conversation; may be repeated.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Ids to show of each.")] = 400,
     as_json: bool = Json,
 ) -> None:
-    """What the model meets: documents of shards, or conversations of an sft config with what is trained marked."""
+    """What the model meets: documents of shards, or packed rows of an sft config with what is trained marked."""
     rows = _documents(Path(source), split, document or [0]) if Path(source).is_dir() else None
     if rows is None:
-        rows = _conversations(source, words or [], document or [0, 1])
+        rows = _conversations(source, words or [], document)
     if as_json:
         print_json(rows)
         return
@@ -104,7 +106,9 @@ def _documents(folder: Path, split: str, numbers: list[int]) -> list[dict[str, A
     return [{**row, "pieces": _pieces(tokenizer, row["ids"])} for row in rows]
 
 
-def _conversations(config: str, words: list[str], numbers: list[int]) -> list[dict[str, Any]]:
+def _conversations(config: str, words: list[str], numbers: list[int] | None) -> list[dict[str, Any]]:
+    """The conversations of these numbers; without any, the first two packed rows."""
+    from puna.data.packing import pack
     from puna.recipes import config_file, load, recipe_of
     from puna.recipes.sft import encode
 
@@ -115,13 +119,17 @@ def _conversations(config: str, words: list[str], numbers: list[int]) -> list[di
         )
     settings: Any = load(recipe, config, parse_words(words))
     tokenizer, rows = encode(settings, _tokenizer(settings.model), settings.data)
-    if outside := [n for n in numbers if not 0 <= n < len(rows)]:
+    if outside := [n for n in numbers or [] if not 0 <= n < len(rows)]:
         raise UsageError(f"no conversation {outside}", cause=f"there are {len(rows)}")
-    shown = [(n, rows[n]) for n in numbers]
-    return [
-        {"name": f"conversation {n}", "ids": row.ids, "trained": row.trained, "pieces": _pieces(tokenizer, row.ids)}
-        for n, row in shown
-    ]
+    shown = {f"conversation {n}": [n] for n in numbers or []}
+    if not shown:
+        packs = pack([len(row.ids) for row in rows], settings.seq_len)[:2]
+        shown = {f"row {i}, conversations {', '.join(map(str, members))}": members for i, members in enumerate(packs)}
+    found = []
+    for name, members in shown.items():
+        ids, trained = ([x for n in members for x in rows[n][part]] for part in (0, 1))
+        found.append({"name": name, "ids": ids, "trained": trained, "pieces": _pieces(tokenizer, ids)})
+    return found
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:

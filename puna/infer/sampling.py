@@ -19,5 +19,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generators: list[to
         ordered, index = probabilities.sort(descending=True)
         ordered[ordered.cumsum(-1) - ordered > top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter_(-1, index, ordered)
-    rows = zip(probabilities, generators, strict=True)
-    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+    # By the inverse of the distribution function: multinomial draws a random number for every id of the vocabulary.
+    total = probabilities.cumsum(-1)
+    drawn = torch.cat([torch.rand(1, generator=g, device=logits.device) for g in generators])[:, None]
+    below = (drawn * total[:, -1:]).minimum(total[:, -1:] * (1 - 2**-23))  # rounding must not reach past the last id
+    return torch.searchsorted(total, below, right=True).squeeze(-1)

@@ -86,13 +86,24 @@ def attention_eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tenso
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     """`attention_eager` by the fastest way of the device."""
-    if q.device.type == "cpu" and not isinstance(mask, Tensor):
-        return causal_attention(q, k, v) if mask is None else _by_document(q, k, v, mask)
-    # Repeating the key heads beats enable_gqa=True on CPU, where that flag falls back to the unfused kernel.
+    if q.device.type == "cpu":
+        if mask is None:
+            return causal_attention(q, k, v)
+        return _masked(q, k, v, mask) if isinstance(mask, Tensor) else _by_document(q, k, v, mask)
     k, v = _repeat_heads(k, q), _repeat_heads(v, q)
     if isinstance(mask, Documents):
         mask = mask.dense(q)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Generation's: the query heads of a key head are rows of one product, so what is cached is read as it lies."""
+    batch, heads, length, dim = q.shape
+    kv_heads = k.shape[1]
+    rows = q.reshape(batch, kv_heads, -1, dim)  # (B, K, G*T, D): a row g*T + t
+    scores = (rows * dim**-0.5) @ k.mT
+    scores.view(batch, heads, length, -1).masked_fill_(~mask, float("-inf"))
+    return (scores.softmax(-1) @ v).view(q.shape)
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
