@@ -29,7 +29,8 @@ def main() -> None:
         rows = encode_conversations(conversations, tuned.template, 2048, "all")  # one template: the same ids for both
         losses[name] = mean_loss(llama.model, PackedLoader(rows, 2048, 1, tuned.tokenizer.eos_id, 0))
     rise = losses["after"] / losses["before"] - 1
-    print(f"{len(conversations)} rows: {losses['before']:.4f} -> {losses['after']:.4f} nats a token ({100 * rise:+.2f} %)")
+    told = f"{losses['before']:.4f} -> {losses['after']:.4f} nats a token ({100 * rise:+.2f} %)"
+    print(f"{len(conversations)} rows: {told}")
     sys.exit(rise >= 0.05)
 
 

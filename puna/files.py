@@ -32,7 +32,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         ResourceError: the disk is full; nothing at `target`, nothing left behind.
     """
     if target.exists():
-        raise UsageError("exists already", where=target, fix="choose another output=..., or remove that folder first")
+        raise UsageError("exists already", where=target, fix="another folder, or remove that one first")
     with disk_errors(target):
         make_folder(target.parent)
         sweep(target.parent)

@@ -7,7 +7,7 @@ import transformers
 
 from puna.data.conversations import Conversation
 from puna.data.packing import PackedLoader, encode_conversations
-from puna.errors import DataError
+from puna.errors import DataError, UsageError
 from puna.ops.cross_entropy import IGNORE
 from puna.tokenizer.chat import BUNDLED, ChatFormat, bundled
 from puna.tokenizer.tokenizer import Tokenizer
@@ -188,6 +188,8 @@ def test_templates_are_confined(tokenizers_by_template: dict[str, Tokenizer]) ->
     ]:
         with pytest.raises(DataError, match=why):
             ChatFormat(tokenizer, source).encode(TURNS)
+    with pytest.raises(UsageError, match="did you mean `llama3`"):
+        ChatFormat(tokenizer, "lama3")
     with pytest.raises(DataError, match="no chat template"):
         ChatFormat(tokenizer)
 

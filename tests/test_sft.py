@@ -289,6 +289,12 @@ def test_parity_sees_what_differs(tuned: Path, tmp_path: Path) -> None:
     assert compare_models(llama, other, ["How many llamas?"], 8).same == 0
 
 
+def test_an_adapter_is_inspected(tuned: Path, base: Path) -> None:
+    """`inspect` takes whatever chat and generate take."""
+    done = subprocess.run([sys.executable, "-m", "puna", "inspect", tuned, "--json"], capture_output=True, text=True)
+    assert json.loads(done.stdout)["adapter of"] == str(base)
+
+
 def test_one_report_of_all_acts(base: Path, tuned: Path, tmp_path: Path) -> None:
     """The quickstart's page tells of every run, each under its own heading, with ids that do not collide."""
     from puna.cli.quickstart import _write_report

@@ -13,7 +13,7 @@ from puna.log import setup_logging
 
 app = typer.Typer(
     name="puna",
-    help="The whole life of a Llama: raw text, tokenizer, shards, pretraining, generation.",
+    help="The whole life of a Llama: raw text, tokenizer, shards, pretraining, fine-tuning, chat, evaluation.",
     epilog="Start with `puna quickstart`, then `puna ls`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -71,7 +71,7 @@ def merge(
         raise UsageError(f"`{save_dtype}` is not a dtype", fix=", ".join(DTYPES))
     llama = load(adapter, dtype="fp32", device="cpu")
     if not lora_parameters(llama.model):
-        raise UsageError("this is no adapter: there is nothing to merge", where=adapter)
+        raise UsageError("this is no adapter: there is nothing to merge", where=adapter, fix="use it as it is")
     merge_lora(llama.model)
     llama.save(target, dtype=save_dtype)
     print(target)

@@ -47,7 +47,10 @@ def ls(
         print_rows(find_runs(Path(".")), as_json)
         return
     if what not in (*sections, "models", "all"):
-        raise UsageError(f"nothing called `{what}` to list" + nearest(what, [*sections, "models", "runs"]))
+        raise UsageError(
+            f"nothing called `{what}` to list" + nearest(what, [*sections, "models", "runs"]),
+            fix="puna ls recipes, configs, models or runs",
+        )
     rows: dict[str, list[dict[str, Any]]]
     rows = {kind: [{"name": n, "summary": s} for n, s in table.items()] for kind, table in sections.items()}
     if what in ("models", "all"):

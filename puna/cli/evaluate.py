@@ -24,7 +24,9 @@ def evaluate(
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file: bits per byte and perplexity.")] = None,
     limit: Annotated[int, typer.Option(help="Problems of each task.", min=1)] = 200,
     shots: Annotated[int, typer.Option(help="Solved problems before each question.", min=0)] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="The reply has to be the answer, nothing else.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="The reply has to be the answer; else it may hold it.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(help="Most ids in an answer.", min=1)] = 24,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.", min=1)] = 32,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp64.")] = "auto",
@@ -40,6 +42,8 @@ def evaluate(
     given = {**parse_words([f"tasks={listed}"]), "limit": limit, "shots": shots, "lenient": not strict}
     config = load_config(TaskConfig, given={**given, "max_tokens": max_tokens, "batch_size": batch_size})
     check_tasks(config.tasks)
+    if text is not None and not text.is_file():
+        raise DataError("no such file", where=text)
     llama = load(model, dtype=dtype)
     results: list[dict[str, Any]] = [_text(llama, text)] if text else []
     for score in evaluate_tasks(llama, config):

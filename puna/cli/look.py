@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
     tokenizer.command("encode")(encode)
     tokenizer.command("decode")(decode)
     tokenizer.command("inspect")(inspect_tokenizer)
-    data = typer.Typer(help="Look at token shards: show, stats.", no_args_is_help=True)
+    data = typer.Typer(help="Look at data: show shards or what an sft config trains, stats.", no_args_is_help=True)
     data.command("show")(show_data)
     data.command("stats")(stats)
     runs = typer.Typer(help="Look at runs: ls, show.", no_args_is_help=True)
@@ -92,7 +92,8 @@ def show_data(
         return
     for row in rows:
         print(f"# {row['name']}: {len(row['ids']):,} tokens, {sum(row['trained']):,} trained")
-        print(_marked(row["pieces"][:tokens], row["trained"][:tokens]))
+        more = f"\n... {len(row['ids']) - tokens:,} more; --tokens N" if len(row["ids"]) > tokens else ""
+        print(_marked(row["pieces"][:tokens], row["trained"][:tokens]) + more)
 
 
 def _documents(folder: Path, split: str, numbers: list[int]) -> list[dict[str, Any]]:

@@ -59,6 +59,8 @@ def _prompt(given: str) -> str:
 
 def inspect(path: Model, as_json: bool = Json) -> None:
     """What a model is, without loading its weights."""
+    from puna.checkpoint.adapter import CONFIG as ADAPTER
+    from puna.checkpoint.adapter import adapter_config, base_of
     from puna.checkpoint.gguf import open_gguf
     from puna.checkpoint.gguf_model import gguf_config, gguf_tokenizer
     from puna.checkpoint.model_directory import read_json, stored_dtype, weight_files
@@ -68,6 +70,9 @@ def inspect(path: Model, as_json: bool = Json) -> None:
     from puna.tokenizer.tokenizer import Tokenizer
 
     found = find_model(path)
+    if (found / ADAPTER).exists():
+        print_fields({"path": str(found), "adapter of": base_of(found), **adapter_config(found).model_dump()}, as_json)
+        return
     lineage: dict[str, Any] = {}
     if found.suffix == ".gguf":
         file = open_gguf(found)

@@ -45,7 +45,7 @@ def quickstart(
     acts: Annotated[int, typer.Option(help="Stop after so many acts.", min=1, max=3)] = 3,
     offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing; use what is installed.")] = False,
 ) -> None:
-    """From raw text to a Llama that writes and chats, and a real one fine-tuned: three acts, about eight minutes on two CPU cores."""
+    """Three acts, about nine minutes on two cores: a Llama is born, learns to chat, and a real one is fine-tuned."""
     started = time.monotonic()
     steps = [step for step in _STEPS if step.act <= acts]
     settings = {step.name: load(step.recipe, f"quickstart/{step.name}", _given(step, output)) for step in steps}

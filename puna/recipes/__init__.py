@@ -44,7 +44,8 @@ def config_file(name: str) -> Path:
         return Path(name)
     if Path(name).suffix in (".yaml", ".yml"):
         raise UsageError("no such config file", where=name, fix="puna ls configs")
-    raise UsageError(f"no config `{name}`" + nearest(name, list(CONFIGS)), fix="puna ls configs, or a .yaml file")
+    near = nearest(name, [*CONFIGS, *RECIPES])
+    raise UsageError(f"no config `{name}`{near}", fix="puna ls configs, or a .yaml file")
 
 
 def recipe_of(file: Path) -> str:

@@ -52,7 +52,8 @@ def main(config: Config) -> Path:
         )
     if not index["splits"]["valid"]["tokens"]:
         log.warning(
-            "nothing is held out, so training cannot be validated: raise sources.valid_fraction or set sources.hold_out"
+            "nothing is held out, so training cannot be validated; for another split: "
+            "sources.valid_fraction=0.2, or sources.hold_out=[NAME], and another output=..."
         )
     return config.output
 

@@ -93,10 +93,10 @@ class Config(RecipeConfig):
 def main(config: Config) -> Path:
     """Train on packed conversations and write `final/`. Run again after an interruption, it goes on."""
     with open_run(config) as run:
-        torch.set_num_threads(run.once("threads", calibrate_threads))
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
         tokenizer, rows = encode(config, load_tokenizer(config.model), config.data)
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
+        torch.set_num_threads(run.once("threads", calibrate_threads))
         base = _load(config)
         llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
         train, valid = split_rows(rows, config.valid_fraction)

@@ -13,6 +13,7 @@ from functools import cached_property
 from importlib import resources
 from typing import Any, Literal, NamedTuple
 
+from puna.config import nearest
 from puna.errors import DataError, UsageError
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -43,9 +44,12 @@ class ChatFormat:
         if template is None:
             raw = tokenizer.files.get("chat_template.jinja")
             if raw is None:
-                raise DataError("no chat template", where=tokenizer.where, fix="template=llama3 or template=chatml")
+                raise DataError(
+                    "no chat template", where=tokenizer.where, cause="it was never taught to take turns",
+                    fix="tune it with template=llama3 or template=chatml (puna run sft), or puna generate",
+                )  # fmt: skip
             template = raw.decode("utf-8")
-        self.source = bundled(template) if template in BUNDLED else template
+        self.source = template if "{" in template else bundled(template)
 
     def encode(self, messages: Sequence[Message], train: Train = "all") -> Encoded:
         """The whole conversation; trained are the assistant's words and the token that ends its turn.
@@ -185,7 +189,7 @@ def has_template(tokenizer: Tokenizer) -> bool:
 def bundled(name: str) -> str:
     """A template that ships with puna."""
     if name not in BUNDLED:
-        raise UsageError(f"no template `{name}`", fix=", ".join(BUNDLED))
+        raise UsageError(f"no template `{name}`" + nearest(name, BUNDLED), fix=", ".join(BUNDLED))
     return (resources.files("puna") / "tokenizer" / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 

@@ -94,7 +94,8 @@ def fit(
                 metrics = evaluate(model, state.step)
                 state.seconds += time.perf_counter() - started
                 run.metrics.write(step=state.step, **metrics)
-                log.info("step %d  %s", state.step, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+                told = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+                log.info("step %d  %s", state.step, told or "nothing is held out to validate on")
             if run.stop.signal:
                 save_train_state(run, state, model, optimizer, batches, save_model)
                 run.stop.check(f"step {state.step} of {steps} is saved in {run.folder}")
