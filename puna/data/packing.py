@@ -39,7 +39,7 @@ def encode_conversations(
             raise DataError("nothing to train in this conversation", where=where, cause=why, fix="mend or drop it")
         rows.append(row)
     if not rows:
-        raise DataError("no conversations in the data", cause="an empty file, or limit=0", fix="look at data.path")
+        raise DataError("no conversations in the data", cause="an empty file", fix="look at data.path")
     if cut:
         log.warning("%d of %d conversations are longer than seq_len=%d and were cut", cut, len(rows), seq_len)
     return rows

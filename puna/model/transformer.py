@@ -72,7 +72,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """h = x + attention(norm(x)); out = h + mlp(norm(h)). What lies before and after attention can be compiled."""
+    """h = x + attention(norm(x)); out = h + mlp(norm(h)), in two parts that know nothing of masks or caches."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -91,9 +91,11 @@ class Block(nn.Module):
         return self.after(x, attention(q, k, v, mask))
 
     def before(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention takes: (B, T, dim) -> (B, H, T, D), (B, K, T, D), (B, K, T, D)."""
         return self.self_attn.qkv(self.input_layernorm(x), rope)
 
     def after(self, x: Tensor, heads: Tensor) -> Tensor:
+        """What is made of its heads (B, H, T, D) and the residual stream x (B, T, dim): (B, T, dim)."""
         x = x + self.self_attn.output(heads)
         return x + self.mlp(self.post_attention_layernorm(x))
 
