@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from puna.config import Config, nearest
 from puna.errors import UsageError
 from puna.model.transformer import Linear
+from puna.ops.low_rank import low_rank_linear
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -40,8 +41,10 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out). The adapter computes in x's dtype, whatever it is stored in."""
-        inner = self.lora_A(F.dropout(x, self.dropout, self.training))
-        return self.base(x) + self.scale * self.lora_B(inner)
+        if self.dropout and self.training:
+            return self.base(x) + self.scale * self.lora_B(self.lora_A(F.dropout(x, self.dropout)))
+        base, a, b = (layer.weight.to(x.dtype) for layer in (self.base, self.lora_A, self.lora_B))
+        return low_rank_linear(x, base, a, b, self.scale)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

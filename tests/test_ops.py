@@ -1,5 +1,6 @@
 """Every fast path against its slow oracle: values and gradients."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from puna.log import log
 from puna.model.config import ModelConfig
 from puna.ops.attention import Documents, attention, attention_eager
 from puna.ops.blocked_attention import BLOCK, KEEP
+from puna.ops.low_rank import low_rank_linear, low_rank_linear_eager
 from puna.ops.norm import rms_norm, rms_norm_eager
 from puna.ops.swiglu import swiglu, swiglu_eager
 from puna.train.compile import compile_blocks
@@ -59,6 +61,37 @@ def test_norm_and_gate() -> None:
     close(gradients(inputs, rms_norm(x, weight, 1e-5)), gradients(inputs, rms_norm_eager(x, weight, 1e-5)))
     gate, up = inputs = tensors((3, 5, 16), (3, 5, 16))
     close(gradients(inputs, swiglu(gate, up)), gradients(inputs, swiglu_eager(gate, up)))
+
+
+def low_rank_inputs(rows: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """x, a frozen weight, A and B."""
+    x, weight, a, b = tensors((*rows, 48), (64, 48), (4, 48), (64, 4), dtype=dtype)
+    return [x, weight.detach(), a, b]
+
+
+def low_rank_gradients(inputs: list[Tensor], function: Callable[..., Tensor]) -> list[Tensor]:
+    x, weight, a, b = inputs
+    return gradients([x, a, b], function(x, weight, a, b, 0.5))
+
+
+def test_low_rank() -> None:
+    """The scale belongs to the adapter alone, in both directions; a trained base would get no gradient."""
+    inputs = low_rank_inputs((3, 5))
+    close(low_rank_gradients(inputs, low_rank_linear), low_rank_gradients(inputs, low_rank_linear_eager))
+    first = [inputs[0].detach(), *inputs[1:]]  # the layer above the embedding of a frozen model
+    low_rank_linear(*first, 0.5).sum().backward()
+    with pytest.raises(RuntimeError, match="frozen"):
+        low_rank_linear(inputs[0], inputs[1].requires_grad_(), *inputs[2:], 0.5)
+
+
+def test_bf16_low_rank_is_as_close_to_fp32() -> None:
+    """Adding into a rounded output must not round more than adding two rounded ones."""
+    rough = low_rank_inputs((200,), torch.bfloat16)
+    exact = [r.detach().float().requires_grad_(r.requires_grad) for r in rough]
+    truth = low_rank_gradients(exact, low_rank_linear_eager)
+    found, oracle = low_rank_gradients(rough, low_rank_linear), low_rank_gradients(rough, low_rank_linear_eager)
+    for ours, theirs, true in zip(found, oracle, truth, strict=True):
+        assert (ours.float() - true).norm() <= 1.2 * (theirs.float() - true).norm()
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128])
