@@ -2,6 +2,7 @@
 
 Turns: the machine drifts by a tenth between minutes, so a library measured after another is not measured beside it.
 Processes: peak memory is a property of a process, and nobody inherits another's threads or allocator.
+The work is the same: equal losses of the first step, and gradients no further from an fp32 reference than the peer's.
 """
 
 import multiprocessing
@@ -11,23 +12,41 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads slow each other down on few cores
-Step = Callable[[], float]
-"""Does one step of training (or one generation) and returns its loss (or 0)."""
-Side = Callable[[], Step]
-"""Builds a model and gives back its step."""
 
 
-def compare(sides: dict[str, Side], units: int, rounds: int, unit: str = "tokens", loss_within: float = 1e-2) -> None:
-    """Print a row for each side and the ratio to the second one, its peer.
+class Work(NamedTuple):
+    """What a library was made to do."""
+
+    step: Callable[[], float]
+    """One step of training (or one generation); its loss (or 0)."""
+    gradients: Callable[[], dict[str, Any]] | None = None
+    """Gradients of some weights at the start, under the same names in every library."""
+
+
+Side = Callable[[], Work]
+
+
+def compare(
+    sides: dict[str, Side],
+    units: int,
+    rounds: int,
+    unit: str = "tokens",
+    loss_within: float = 1e-2,
+    reference: Side | None = None,
+) -> None:
+    """Print a row for each side, the best of the peers (all but the first), and the ratio to it.
 
     Args:
         units: what one step processes.
         loss_within: how far the losses of the first step may lie apart before the work is not the same.
+        reference: the same work in fp32; with it, the first side's gradients have to be as close to it as a peer's.
     """
     workers = {name: _Worker(side) for name, side in sides.items()}
+    if reference is not None:
+        _check_gradients(workers, reference)
     first = {name: worker.step() for name, worker in workers.items()}  # compiles, allocates, warms up
     losses = [loss for _, loss in first.values()]
     if max(losses) - min(losses) > loss_within:
@@ -36,16 +55,34 @@ def compare(sides: dict[str, Side], units: int, rounds: int, unit: str = "tokens
     for _ in range(rounds):
         for name, worker in workers.items():
             times[name].append(worker.step()[0])
-    names = list(sides)
+    ours, *peers = sides
+    best = min(peers, key=lambda name: statistics.median(times[name])) if peers else ours
     print(f"{'':24} {unit + '/s':>10} {'ratio':>7} {'peak GB':>8} {'first step s':>13} {'loss':>9}")
-    for name in names:
-        ratios = [b / a for a, b in zip(times[name], times[names[-1]], strict=True)]
+    for name, worker in workers.items():
+        ratios = [b / a for a, b in zip(times[name], times[best], strict=True)]
         speed = units / statistics.median(times[name])
-        peak, (began, loss) = workers[name].peak(), first[name]
+        peak, (began, loss) = worker.peak(), first[name]
         print(f"{name:24} {speed:10.1f} {statistics.median(ratios):7.2f} {peak:8.2f} {began:13.1f} {loss:9.4f}")
-    print(f"ratio: to {names[-1]}, median of {rounds} turns; {os.cpu_count()} cores")
+    print(f"ratio: to {best}, median of {rounds} turns; {os.cpu_count()} cores")
     for worker in workers.values():
         worker.end()
+
+
+def _check_gradients(workers: dict[str, "_Worker"], reference: Side) -> None:
+    worker = _Worker(reference)
+    exact = worker.gradients()
+    worker.end()
+    found = [w.gradients() for w in workers.values()]
+    shared = [name for name in exact if all(name in gradients for gradients in found)]
+    ours, *peers = [_distance(gradients, exact, shared) for gradients in found]
+    print("distance of the gradients to fp32: " + ", ".join(f"{d:.2%}" for d in (ours, *peers)))
+    if ours > 1.05 * max(peers):
+        raise SystemExit("not the same work: gradients are further from fp32 than every peer's")
+
+
+def _distance(found: dict[str, Any], exact: dict[str, Any], names: list[str]) -> float:
+    """Mean relative distance over the tensors of these names."""
+    return statistics.fmean(float((found[n] - exact[n]).norm() / exact[n].norm()) for n in names)
 
 
 class _Worker:
@@ -60,6 +97,12 @@ class _Worker:
     def step(self) -> tuple[float, float]:
         """(seconds, loss)."""
         return self._ask("step")
+
+    def gradients(self) -> dict[str, Any]:
+        """fp32 tensors by name."""
+        import torch
+
+        return {name: torch.from_numpy(value) for name, value in self._ask("gradients").items()}
 
     def peak(self) -> float:
         """GB this process ever held."""
@@ -79,7 +122,7 @@ def _serve(side: Side, pipe: Any) -> None:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
-        step = side()
+        work = side()
     except ImportError as error:
         pipe.send(f"a peer is not installed: {error}")
         return
@@ -88,7 +131,10 @@ def _serve(side: Side, pipe: Any) -> None:
         if asked == "peak":
             scale = 1e9 if sys.platform == "darwin" else 1e6
             pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale)
-            continue
-        started = time.perf_counter()
-        loss = step()
-        pipe.send((time.perf_counter() - started, loss))
+        elif asked == "gradients":
+            assert work.gradients is not None
+            pipe.send({name: value.float().numpy() for name, value in work.gradients().items()})
+        else:
+            started = time.perf_counter()
+            loss = work.step()
+            pipe.send((time.perf_counter() - started, loss))
