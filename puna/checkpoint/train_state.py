@@ -55,6 +55,8 @@ def save_train_state(
     target = run.checkpoints / f"step-{state.step}"
     if target.exists():  # saved by the run before this one was interrupted
         return target
+    run.metrics.sync()
+    run.samples.sync()
     with atomic_folder(target) as folder:
         save_model(folder)
         _write(folder / "optimizer", tensors)
