@@ -24,6 +24,7 @@ if hasattr(os, "sched_setaffinity"):  # one core: threads are not measured, and 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 import torch
+import torch._dynamo  # which building a model imports, for a second in every child
 import torch.distributed.checkpoint.hf_storage
 import torch.distributed.checkpoint.state_dict_loader
 import torch.distributed.checkpoint.state_dict_saver
@@ -32,6 +33,7 @@ from puna import cli, run_folder
 from puna.checkpoint import train_state
 from puna.files import temporary_name
 from puna.recipes import RECIPES, config_type
+from puna.train import run_report
 
 _CHANGES = {"os.rename": "rename", "os.remove": "remove", "os.rmdir": "rmdir", "os.mkdir": "mkdir"}
 _TEMPORARY = re.compile(r"\.([^/]+)" + re.escape(temporary_name(Path("x")).name[2:].rstrip("0123456789")) + r"\d+")
@@ -120,7 +122,7 @@ def main() -> None:
     for recipe in RECIPES:
         config_type(recipe)
     known = run_folder.environment()  # a tenth of a second each, for facts that do not change
-    run_folder.environment = lambda: known
+    run_folder.environment = run_report.environment = lambda: known
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
 
