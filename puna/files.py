@@ -19,7 +19,8 @@ from typing import Any
 from puna.errors import CheckpointError, ResourceError, UsageError
 
 MANIFEST = "MANIFEST.json"
-MARK = f".puna-tmp-{platform.node()}-"  # a shared disk has the processes of other machines on it
+_TEMPORARY = ".puna-tmp-"
+MARK = f"{_TEMPORARY}{platform.node()}-"  # a shared disk has the processes of other machines on it
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -43,7 +44,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             yield temporary
             for path in temporary.rglob("*"):
                 _fsync(path)
-            write_json(temporary / MANIFEST, {"format": 1, "files": _hash_tree(temporary)})
+            write_json(
+                temporary / MANIFEST, {"format": 1, "files": {n: _entry(p) for n, p in _files(temporary).items()}}
+            )
             _fsync(temporary)
             temporary.rename(target)
             _fsync(target.parent)
@@ -69,28 +72,57 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _json(value))
 
 
 def verify(folder: Path) -> None:
     """Compare every file with the folder's manifest.
 
     Raises:
-        CheckpointError: naming each file that is missing, changed or unexpected.
+        CheckpointError: naming each file that is missing, changed, unreadable or unexpected.
+    """
+    if wrong := damage(folder):
+        raise CheckpointError("does not match its manifest: " + "; ".join(wrong), where=folder)
+
+
+def damage(folder: Path) -> list[str]:
+    """What is wrong with the files of a folder that has a manifest, one `name: what` each; nothing when it is whole.
+
+    Raises:
+        CheckpointError: the manifest itself cannot be read.
+    """
+    listed, found = read_manifest(folder), _files(folder)
+    wrong = [f"{name}: missing" for name in listed if name not in found]
+    wrong += [f"{name}: not in the manifest" for name in found if name not in listed]
+    for name in (name for name in listed if name in found):
+        try:
+            entry = _entry(found[name])
+        except OSError as error:  # a bad sector: the file is lost, the folder's other files and older folders are not
+            wrong.append(f"{name}: cannot be read: {error.strerror}")
+        else:
+            if entry != listed[name]:
+                wrong.append(f"{name}: changed or damaged")
+    return wrong
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Size and hash of each file, as written with the folder.
+
+    Raises:
+        CheckpointError: no manifest, or one with any bit of it changed.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        raw = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(raw)
         version, listed = manifest["format"], dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"no readable {MANIFEST}", where=folder, cause="the folder is not complete") from None
     if version != 1:
         raise CheckpointError(f"{MANIFEST} has format {version}", where=folder, cause="damage, or a newer puna")
-    found = _hash_tree(folder)
-    wrong = [f"{n}: missing" for n in listed if n not in found]
-    wrong += [f"{n}: not in the manifest" for n in found if n not in listed]
-    wrong += [f"{n}: changed or damaged" for n in listed if n in found and listed[n] != found[n]]
-    if wrong:
-        raise CheckpointError("does not match its manifest: " + "; ".join(wrong), where=folder)
+    # A flipped bit can leave JSON of the same meaning (a blank that became a tab), but never the bytes we write.
+    if raw != _json(manifest).encode():
+        raise CheckpointError(f"{MANIFEST} is not as it was written", where=folder, cause="damage, or an editor")
+    return listed
 
 
 def hash_file(path: Path) -> str:
@@ -98,11 +130,16 @@ def hash_file(path: Path) -> str:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sweep(parent: Path) -> None:
-    """Remove temporary files and folders of processes of this machine that are gone."""
-    for left in parent.glob(f".*{MARK}*"):
-        owner = left.name.rpartition(MARK)[2]
-        if owner.isdigit() and not _alive(int(owner)):
+def sweep(parent: Path, *, held: bool = False) -> None:
+    """Remove temporary files and folders of processes of this machine that are gone.
+
+    Args:
+        held: the caller holds the lock of this place, so everything temporary here is left over, also what has the
+            number of a process that lives now, or the name of another machine (a container has a new one each start).
+    """
+    for left in parent.glob(f".*{_TEMPORARY if held else MARK}*"):
+        owner = left.name.rpartition("-")[2]
+        if owner.isdigit() and (held or not _alive(int(owner))):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
@@ -137,8 +174,11 @@ def make_folder(folder: Path) -> None:
     Raises:
         UsageError: it cannot be one: a file stands there, or it may not be written.
     """
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for made in new:
+            _fsync(made.parent)
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
@@ -174,9 +214,18 @@ def require_space(folder: Path, size: int) -> None:
         )
 
 
-def _hash_tree(folder: Path) -> dict[str, dict[str, Any]]:
+def _files(folder: Path) -> dict[str, Path]:
+    """The files a manifest lists, by name."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
-    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "hash": hash_file(p)} for p in files}
+    return {str(p.relative_to(folder)): p for p in files}
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "hash": hash_file(path)}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _fsync(path: Path) -> None:

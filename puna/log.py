@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -35,7 +36,8 @@ class Metrics:
     def __init__(self, path: Path):
         self.path = path
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: float = math.inf) -> None:
+        """Drop the rows past `step`, and a last one that was cut short."""
         if self.path.exists():
             kept = [row for row in self.read() if row.get("step", 0) <= step]
             write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
@@ -46,11 +48,31 @@ class Metrics:
             file.write(json.dumps(finite, ensure_ascii=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows; a last line cut short by a crash is left out."""
+        """All rows. A last line cut short by a crash is left out; a damaged line is named and left out."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        rows = []
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
+            row = _row(line)
+            if row is None:
+                log.warning("%s:%d: left out a damaged row", self.path, number)
+            else:
+                rows.append(row)
+        return rows
+
+    def sync(self) -> None:
+        """Have the rows on the disk: a checkpoint that outlives a power cut must not have lost those of its steps."""
+        if self.path.exists():
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 class Progress:

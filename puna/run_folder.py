@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from puna import __version__
 from puna.config import RecipeConfig, differences, read_yaml, to_yaml
-from puna.errors import Interrupted, UsageError
+from puna.errors import CheckpointError, Interrupted, UsageError
 from puna.files import lock, make_folder, sweep, write_json, write_text
 from puna.log import Metrics, log
 
@@ -40,7 +40,10 @@ class Run:
     def once(self, name: str, measure: Callable[[], T]) -> T:
         """The stored value of `name`, or `measure()` now, stored. A resumed run never measures again."""
         path = self.folder / "measured.json"
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            stored = json.loads(path.read_bytes()) if path.exists() else {}
+        except ValueError as error:
+            raise CheckpointError(f"damaged: {error}", where=path, fix="start again with another output=...") from None
         if name not in stored:
             stored[name] = measure()
             write_json(path, stored)
@@ -69,15 +72,20 @@ def open_run(config: RecipeConfig) -> Iterator[Run]:
             write_text(resolved, to_yaml(config))
         write_text(folder / "config.yaml", to_yaml(config, given_only=True))
         write_json(folder / "env.json", environment())
-        sweep(folder)
+        run = Run(folder)
+        for place in (folder, run.checkpoints):
+            sweep(place, held=True)
+        for rows in (run.metrics, run.samples):
+            rows.rewind()  # a row cut short by a crash would swallow the next one that is written
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         handler.handleError = lambda record: None  # a full disk is told once, by what fails for it
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
-        run = Run(folder)
         try:
             with run.stop.listening():
                 yield run
+            # Whoever asked for a stop must not see a success: a script would go on with its next command.
+            run.stop.check(f"the run had just been finished in {folder}", fix="")
         finally:
             log.removeHandler(handler)
             handler.close()
@@ -107,10 +115,10 @@ class Stop:
         self.signal = number
         log.warning("stopping after this step (again: stop now)")
 
-    def check(self, what: str) -> None:
+    def check(self, what: str, fix: str = "run the same command again to go on") -> None:
         """Raise Interrupted if a stop was asked for; `what` says what is safe by now."""
         if self.signal:
-            raise Interrupted(f"stopped: {what}", self.signal, fix="run the same command again to go on")
+            raise Interrupted(f"stopped: {what}", self.signal, fix=fix)
 
 
 def lineage(config: RecipeConfig, **more: Any) -> dict[str, Any]:
@@ -142,9 +150,10 @@ def _check_continues(config: RecipeConfig, folder: Path) -> None:
     trained = any("loss" in row for row in Metrics(folder / "metrics.jsonl").read())
     if changed and not any((folder / "checkpoints").glob("step-*")) and not trained:
         log.info("nothing was trained in %s yet: taking the new config", folder)
-        write_text(folder / "resolved.yaml", to_yaml(config))
+        # The new config last: a crash in between must not leave it beside what was measured for the old one.
         for name in ("measured.json", "metrics.jsonl", "samples.jsonl"):
             (folder / name).unlink(missing_ok=True)
+        write_text(folder / "resolved.yaml", to_yaml(config))
         return
     if changed:
         raise UsageError(

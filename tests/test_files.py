@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from puna import files
 from puna.errors import CheckpointError, ResourceError, UsageError
 from puna.files import (
     MANIFEST,
     MARK,
     atomic_folder,
+    hash_file,
     lock,
     require_space,
     sweep,
@@ -26,6 +28,7 @@ from puna.files import (
     write_json,
     write_text,
 )
+from puna.log import Metrics, log
 
 
 def listing(folder: Path) -> list[str]:
@@ -137,6 +140,14 @@ def test_sweep_leaves_other_files(tmp_path: Path) -> None:
     assert listing(tmp_path) == before
 
 
+def test_sweep_of_a_place_that_is_held(tmp_path: Path) -> None:
+    """A container has another host name at each start: what crashed in it was left for good."""
+    for name in ("out", ".lock", ".notes.puna-tmp-old", ".a.puna-tmp-elsewhere-999999999", f".b{MARK}{os.getpid()}"):
+        (tmp_path / name).touch()
+    sweep(tmp_path, held=True)
+    assert listing(tmp_path) == [".lock", ".notes.puna-tmp-old", "out"]
+
+
 def test_write_text(tmp_path: Path) -> None:
     """Content and encoding are as given, and nothing else stays behind."""
     file = tmp_path / "f.json"
@@ -221,6 +232,35 @@ def test_verify_finds_any_flipped_bit(folder: Path) -> None:
             verify(folder)
         file.write_bytes(good)
     verify(folder)
+
+
+def test_verify_names_what_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad sector in the newest checkpoint ended the resume, though the one before it was whole."""
+
+    def broken(path: Path) -> str:
+        if path.name == "weights.bin":
+            raise OSError(5, "Input/output error")
+        return hash_file(path)
+
+    monkeypatch.setattr(files, "hash_file", broken)
+    with pytest.raises(CheckpointError, match=r"part/weights\.bin: cannot be read: Input/output error"):
+        verify(folder)
+
+
+def test_a_damaged_row_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One flipped bit in a row of metrics ended every later start; dropped without a word it would be a silent hole."""
+    rows = Metrics(tmp_path / "metrics.jsonl")
+    for step in range(4):
+        rows.write(step=step, loss=1.0)
+    lines = rows.path.read_bytes().splitlines(keepends=True)
+    lines[1], lines[2] = lines[1].replace(b"{", b"["), lines[2].replace(b"step", b"rtep")
+    rows.path.write_bytes(b"".join(lines) + b'{"st')
+    log.addHandler(caplog.handler)  # the command line's setup cuts the way to the root
+    try:
+        assert [row["step"] for row in rows.read()] == [0, 3]
+    finally:
+        log.removeHandler(caplog.handler)
+    assert [f"metrics.jsonl:{n}: left out a damaged row" in caplog.text for n in (2, 3)] == [True, True]
 
 
 def test_verify_covers_a_manifest_further_down(tmp_path: Path) -> None:

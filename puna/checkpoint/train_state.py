@@ -55,6 +55,8 @@ def save_train_state(
     target = run.checkpoints / f"step-{state.step}"
     if target.exists():  # saved by the run before this one was interrupted
         return target
+    run.metrics.sync()
+    run.samples.sync()
     with atomic_folder(target) as folder:
         save_model(folder)
         _write(folder / "optimizer", tensors)
@@ -63,6 +65,7 @@ def save_train_state(
             "data": batches.state_dict(),
             "generator": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "threads": torch.get_num_threads(),
+            "moments": any(optimizer.state.values()),
         }
         write_json(folder / "state.json", values)
     log.debug("saved %s", target)
@@ -74,19 +77,24 @@ def load_train_state(
 ) -> TrainState:
     """Put everything back exactly: parameters, moments, data position, generator, thread count."""
     values = read_json(folder / "state.json")
-    # An optimizer has no moments before its first step; a step with zero gradients makes them, then all is overwritten.
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if values.get("moments", True):  # none before the first step, or when every step so far was skipped
+        _make_moments(optimizer)
     _read(folder / "optimizer", _tensors(model, optimizer))
     batches.load_state_dict(values["data"])
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(values["generator"])), dtype=torch.uint8))
     torch.set_num_threads(values["threads"])
     log.info("resumed from %s", folder)
     return TrainState(values["step"], values["tokens"], values["seconds"])
+
+
+def _make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """A step with zero gradients makes the tensors that loading then overwrites."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def newest_checkpoint(run: Run) -> Path | None:

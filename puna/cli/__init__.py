@@ -6,7 +6,7 @@ import traceback
 import typer
 
 from puna import __version__
-from puna.cli import chat, configs, evaluate, look, models, quickstart
+from puna.cli import chat, configs, evaluate, look, models, quickstart, verify
 from puna.errors import PunaError
 from puna.files import DISK_FULL
 from puna.log import setup_logging
@@ -25,6 +25,7 @@ chat.register(app)
 evaluate.register(app)
 look.register(app)
 quickstart.register(app)
+verify.register(app)
 _GLOBAL = {"-v", "--verbose", "-q", "--quiet"}
 
 

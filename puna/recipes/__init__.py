@@ -83,11 +83,14 @@ def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any
     """
     if not log.handlers:
         setup_logging()
-    settings = config if isinstance(config, Config) else load(recipe, config, overrides)
-    output = _module(recipe).main(settings)
-    if (output / "result.json").exists():
-        log.info("report: %s", write_run_report(output))
-    return output
+    settings: Any = config if isinstance(config, Config) else load(recipe, config, overrides)
+    folder = settings.output
+    try:
+        return _module(recipe).main(settings)
+    finally:  # also when a signal, or a kill the last time, came between the run's end and this page
+        ended = all((folder / name).exists() for name in ("result.json", "final"))
+        if ended and not (folder / "report.html").exists():
+            log.info("report: %s", write_run_report(folder))
 
 
 def _module(recipe: str) -> Any:

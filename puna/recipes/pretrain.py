@@ -91,6 +91,7 @@ def main(config: Config) -> Path:
             result["seconds_compiling"] = plan["seconds_compiling"]
         if valid.tokens:
             result["bits_per_byte"] = bits_per_byte(model, valid, config.seq_len, config.batch_size)
+        run.stop.check(f"all steps are saved in {run.folder}, final/ is not written yet")
         write_json(run.folder / "result.json", result)
         with atomic_folder(run.final) as folder:
             save(folder, lineage={**made_from, "metrics": result})

@@ -128,6 +128,7 @@ def main(config: Config) -> Path:
         if config.judge.tasks:
             after = _judge(llama, config.judge.model_copy(update={"shots": 0}))
             result["tasks"] = compare(before, after, config.judge)
+        run.stop.check(f"all steps are saved in {run.folder}, final/ is not written yet")
         write_json(run.folder / "result.json", result)
         with atomic_folder(run.final) as folder:
             save(folder, lineage={**made_from, "metrics": result})

@@ -79,8 +79,9 @@ def fit(
     if checkpoint := newest_checkpoint(run):
         state = load_train_state(checkpoint, model, optimizer, batches)
     run.metrics.rewind(state.step)
-    run.samples.rewind(state.step)
     evaluated = {row["step"] for row in run.metrics.read() if "loss" not in row}
+    # A validation that a crash cut short is made again, and writes its samples again.
+    run.samples.rewind(state.step if state.step in evaluated else state.step - 1)
     guard = Guard(config.skip_budget)
     evaluate_every, save_every = (
         every or max(1, -(-steps // 5)) for every in (config.evaluate_every, config.save_every)

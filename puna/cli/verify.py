@@ -1,0 +1,129 @@
+"""`puna verify`: is everything as it was written?"""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from puna.cli.output import Json, print_json
+from puna.errors import CheckpointError, DataError, PunaError, UsageError
+from puna.files import MANIFEST, damage, read_manifest
+
+
+class Checked(NamedTuple):
+    """A folder or file: how much was looked at, by `hashes` or by its `header` alone, and what is wrong with it."""
+
+    path: str
+    files: int
+    bytes: int
+    by: str
+    wrong: list[str]
+
+    def line(self) -> str:
+        """`ok   runs/a/final  5 files, 12.3 MB`."""
+        files = f"{self.files} file" + "s" * (self.files != 1)
+        doubt = "" if self.by == "hashes" else "; its header only, it holds no hashes"
+        return f"{'BAD' if self.wrong else 'ok':3}  {self.path}  {files}, {self.bytes / 1e6:,.1f} MB{doubt}"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("verify")(verify)
+
+
+def verify(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="A run, model, adapter, checkpoint, shard or tokenizer folder, or a file."),
+    ],
+    as_json: bool = Json,
+) -> None:
+    """Compare every file with the hash it was written with; exit code 4 for a damaged model, 3 for damaged data."""
+    found = [_folder(place) if place.is_dir() else _file(place) for place in _places(path)]
+    if as_json:
+        print_json([checked._asdict() for checked in found])
+    else:
+        for checked in found:
+            print("\n".join([checked.line(), *(f"     {wrong}" for wrong in checked.wrong)]))
+    if damaged := [checked.path for checked in found if checked.wrong]:
+        raise _kind(path)(
+            f"{len(damaged)} of {len(found)} damaged: " + ", ".join(damaged),
+            where=path,
+            fix="fetch or make it again; a run that is not finished goes on from its newest whole checkpoint by itself",
+        )
+
+
+def _places(path: Path) -> list[Path]:
+    """What there is to check at `path`: every checkpoint and the final model of a run, else itself.
+
+    Raises:
+        CheckpointError, DataError: nothing there, or nothing to compare it with.
+    """
+    if not path.exists():
+        raise CheckpointError("no such file or folder", where=path, fix="puna runs ls")
+    if path.is_file() or (path / MANIFEST).exists():
+        return [path]
+    if not (path / "resolved.yaml").exists():
+        raise _kind(path)(
+            f"no {MANIFEST}, so nothing tells what its files should be", where=path,
+            cause="puna did not make it, or not to its end; a model from elsewhere has no manifest",
+            fix="compare it with the hashes its publisher names; puna verify FILE.safetensors checks a file's header",
+        )  # fmt: skip
+    steps = [p for p in (path / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    places = [*sorted(steps, key=lambda p: int(p.name[5:])), *path.glob("final")]
+    if not places:
+        raise CheckpointError("nothing is saved in this run yet", where=path, fix=f"puna runs show {path}")
+    return places
+
+
+def _folder(path: Path) -> Checked:
+    sizes = [p.stat().st_size for p in path.rglob("*") if p.is_file() and p != path / MANIFEST]
+    try:
+        files, wrong = len(read_manifest(path)), damage(path)
+    except CheckpointError as error:
+        files, wrong = len(sizes), [error.what]
+    return Checked(str(path), files, sum(sizes), "hashes", wrong)
+
+
+def _file(path: Path) -> Checked:
+    try:
+        _reader(path)(path)
+        wrong = []
+    except CheckpointError as error:
+        wrong = [error.what]
+    return Checked(str(path), 1, path.stat().st_size, "header", wrong)
+
+
+def _reader(path: Path) -> Callable[[Path], Any]:
+    """Opens a file and checks that its header describes it: every tensor lies within.
+
+    Raises:
+        UsageError: nothing is known of such a file.
+    """
+    if path.suffix == ".gguf":
+        from puna.checkpoint.gguf import open_gguf
+
+        return open_gguf
+    if path.suffix == ".safetensors":
+        return _open_safetensors
+    raise UsageError("nothing to compare this file with", where=path, fix="the folder it is in")
+
+
+def _open_safetensors(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(str(error), where=path) from None
+
+
+def _kind(path: Path) -> type[PunaError]:
+    """Of the error: a folder of shards or a tokenizer, and no model, is data."""
+    names = {p.name for p in path.glob("*")}
+    with contextlib.suppress(CheckpointError):
+        names |= read_manifest(path).keys()  # the file that tells may be the one that is missing
+    data, model = {"index.json", "tokenizer.json"} & names, {"config.json", "adapter_config.json"} & names
+    return DataError if data and not model else CheckpointError
