@@ -9,8 +9,6 @@ import typer
 
 from puna.errors import CheckpointError, DataError
 from puna.log import clock, harmless, log
-from puna.recipes import load
-from puna.recipes import run as run_recipe
 
 
 class _Step(NamedTuple):
@@ -46,6 +44,9 @@ def quickstart(
     offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing; use what is installed.")] = False,
 ) -> None:
     """Three acts, about nine minutes on two cores: a Llama is born, learns to chat, and a real one is fine-tuned."""
+    from puna.recipes import load
+    from puna.recipes import run as run_recipe
+
     started = time.monotonic()
     steps = [step for step in _STEPS if step.act <= acts]
     settings = {step.name: load(step.recipe, f"quickstart/{step.name}", _given(step, output)) for step in steps}
