@@ -7,7 +7,7 @@ import traceback
 import typer
 
 from puna import __version__
-from puna.cli import chat, configs, evaluate, look, models, quickstart
+from puna.cli import chat, completion, configs, evaluate, look, models, quickstart
 from puna.cli.mistakes import Verbs, told
 from puna.log import setup_logging
 
@@ -28,6 +28,7 @@ chat.register(app)
 evaluate.register(app)
 look.register(app)
 quickstart.register(app)
+completion.register(app)
 _GLOBAL = {"-v", "--verbose", "-q", "--quiet"}
 
 
