@@ -15,10 +15,15 @@ import puna.recipes.pretrain, puna.recipes.sft, puna.data.english
 from puna.cli import main
 answers = []
 gc.freeze()
-for words in json.load(sys.stdin):
+asked = json.load(sys.stdin)
+for words in asked["calls"]:
     outputs = tempfile.TemporaryFile(), tempfile.TemporaryFile()
     child = os.fork()
     if not child:
+        typed = tempfile.TemporaryFile("w+")
+        typed.write(asked["stdin"])
+        typed.seek(0)
+        sys.stdin = typed
         for number, file in enumerate(outputs, 1):
             os.dup2(file.fileno(), number)
         sys.argv[1:] = words
@@ -39,9 +44,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "COLUMNS": "110", "OMP_WAIT_POLICY": "passive"}
 
 
-def puna(*words: object, cwd: Path | None = None, flags: Sequence[str] = (), stdin: str | None = None) -> Done:
+def puna(*words: object, cwd: Path | None = None, flags: Sequence[str] = ()) -> Done:
     command = [sys.executable, *flags, "-m", "puna", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment(), input=stdin)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment())
 
 
 def puna_all(calls: Sequence[Sequence[object]], cwd: Path | None = None, flags: Sequence[str] = ()) -> list[Done]:
@@ -50,12 +55,13 @@ def puna_all(calls: Sequence[Sequence[object]], cwd: Path | None = None, flags: 
         return list(pool.map(lambda words: puna(*words, cwd=cwd, flags=flags), calls))
 
 
-def puna_forked(calls: Sequence[Sequence[object]], cwd: Path) -> list[Done]:
+def puna_forked(calls: Sequence[Sequence[object]], cwd: Path, stdin: str = "") -> list[Done]:
     """Several commands, one after the other, forked from a process that has torch loaded: 20 ms each, not 2 s."""
     words = [[str(word) for word in call] for call in calls]
     command = [sys.executable, "-c", FORKS]
+    asked = json.dumps({"calls": words, "stdin": stdin})
     answered = subprocess.run(
-        command, input=json.dumps(words), capture_output=True, text=True, timeout=120, cwd=cwd, env=environment()
+        command, input=asked, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment()
     )
     assert not answered.returncode, answered.stderr
     return [Done(call, *answer) for call, answer in zip(words, json.loads(answered.stdout), strict=True)]
