@@ -10,8 +10,13 @@ from pathlib import Path
 
 Done = subprocess.CompletedProcess[str]
 FORKS = """
-import gc, json, os, sys, tempfile
+import contextlib, gc, json, os, sys, tempfile
+import torch
 import puna.recipes.pretrain, puna.recipes.sft, puna.data.english
+with contextlib.suppress(ImportError):
+    import reasoning_gym
+with torch.device("meta"):
+    torch.nn.Embedding(1, 1)  # loads as many modules as torch itself
 from puna.cli import main
 answers = []
 gc.freeze()

@@ -59,7 +59,7 @@ def main() -> None:
         sys.exit(_stopped(app(asked, prog_name="puna", standalone_mode=False)))
     except Exception as error:
         problem = told(error)
-        if verbose:
+        if verbose and problem:
             traceback.print_exc()
         else:
             print(f"puna: {problem}" if problem else error, file=sys.stderr)
