@@ -94,7 +94,7 @@ def read_yaml(file: Path) -> Any:
     try:
         tree = YAML(typ="rt").load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError("no such config file", where=file, fix="puna ls configs") from None
+        raise UsageError("no such config file" + nearest_path(file), where=file, fix="puna ls configs") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read as a config: {error}", where=file) from None
     except MarkedYAMLError as error:
@@ -133,9 +133,20 @@ def template(kind: type[Config], indent: str = "") -> str:
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:
-    """`; did you mean X?` for the closest of `choices`, or an empty string."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean `{close[0]}`?" if close else ""
+    """`; did you mean X?` for the closest of `choices`, whatever its case, or an empty string."""
+    spelled = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=0.6)
+    return f"; did you mean `{spelled[close[0]]}`?" if close else ""
+
+
+def nearest_path(path: Path) -> str:
+    """The same for a path that is not there: the first part that is wrong, against what lies beside it."""
+    wrong = next((p for p in (*reversed(path.parents), path) if not p.exists()), None)
+    if wrong is None:
+        return ""
+    rest = path.relative_to(wrong)
+    beside = sorted(wrong.parent.iterdir()) if wrong.parent.is_dir() else []
+    return nearest(str(path), [str(p / rest) for p in beside if (p / rest).exists() and nearest(wrong.name, [p.name])])
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -145,4 +145,4 @@ def _tensor_names(file: Path) -> list[str]:
     except FileNotFoundError:
         raise CheckpointError(f"no {file.name} here", where=file.parent, cause="an incomplete copy") from None
     except SafetensorError as error:
-        raise CheckpointError(f"damaged: {error}", where=file) from None
+        raise CheckpointError(f"damaged: {error}", where=file, cause="an incomplete copy") from None

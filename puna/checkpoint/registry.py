@@ -5,7 +5,7 @@ from pathlib import Path
 from puna.checkpoint.gguf import open_gguf
 from puna.checkpoint.gguf_model import gguf_tokenizer
 from puna.checkpoint.model_directory import checkpoints
-from puna.config import nearest
+from puna.config import nearest, nearest_path
 from puna.errors import CheckpointError
 from puna.packages import Package
 from puna.tokenizer.tokenizer import Tokenizer
@@ -38,8 +38,9 @@ def find_model(name: str | Path) -> Path:
         return path / "final"
     if steps := checkpoints(path):
         return steps[-1]
+    near = nearest(str(name), list(REGISTERED)) or nearest_path(path)
     raise CheckpointError(
-        "no model here" if path.exists() else "no such model" + nearest(str(name), list(REGISTERED)), where=path,
+        "no model here" if path.exists() else f"no such model{near}", where=path,
         cause="puna reads a model directory, a run folder, a .gguf file or a registered name", fix="puna runs ls",
     )  # fmt: skip
 

@@ -1,23 +1,26 @@
 """The command line. Verbs import what they need when they run: help and listings never load torch."""
 
+import signal
 import sys
 import traceback
 
 import typer
 
 from puna import __version__
-from puna.cli import chat, configs, evaluate, look, models, quickstart, verify
-from puna.errors import PunaError
-from puna.files import DISK_FULL
+from puna.cli import chat, completion, configs, evaluate, look, models, quickstart, verify
+from puna.cli.mistakes import Verbs, told
 from puna.log import setup_logging
 
 app = typer.Typer(
     name="puna",
     help="The whole life of a Llama: raw text, tokenizer, shards, pretraining, fine-tuning, chat, evaluation.",
     epilog="Start with `puna quickstart`, then `puna ls`.",
+    cls=Verbs,
     no_args_is_help=True,
+    add_completion=False,  # `puna completion` does it
+    rich_markup_mode=None,  # boxes cost 100 ms of imports in every help
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 configs.register(app)
 models.register(app)
@@ -26,6 +29,7 @@ evaluate.register(app)
 look.register(app)
 quickstart.register(app)
 verify.register(app)
+completion.register(app)
 _GLOBAL = {"-v", "--verbose", "-q", "--quiet"}
 
 
@@ -50,28 +54,20 @@ def main() -> None:
     end = words.index("--") if "--" in words else len(words)  # what follows `--` is text, and so is a prompt
     front = [w for i, w in enumerate(words[:end]) if w in _GLOBAL and words[i - 1 : i] not in (["-p"], ["--prompt"])]
     verbose = not {"-v", "--verbose"}.isdisjoint(front)
+    # -v and -q mean the same before and after the verb
+    asked = [*front, *(w for w in words[:end] if w not in front), *words[end:]]
     try:
-        # -v and -q mean the same before and after the verb
-        app([*front, *(w for w in words[:end] if w not in front), *words[end:]])
-    except PunaError as error:
-        if verbose:
-            traceback.print_exc()
-            sys.exit(error.exit_code)
-        _fail(f"puna: {error}", error.exit_code)
-    except MemoryError:
-        _fail("puna: out of memory\n  try: a smaller batch_size, seq_len or model", 6)
-    except OSError as error:
-        if verbose:
-            raise
-        full = "\n  try: free some space and run it again" if error.errno in DISK_FULL else ""
-        _fail(f"puna: {error.strerror or error}: {error.filename or ''}{full}", 6)
+        sys.exit(_stopped(app(asked, prog_name="puna", standalone_mode=False)))
     except Exception as error:
-        if verbose:
-            raise
-        what = f"puna: unexpected {type(error).__name__}: {error}"
-        _fail(what + "\n  likely cause: a bug in puna\n  try: the same command with -v, and report it", 1)
+        problem = told(error)
+        if verbose and problem:
+            traceback.print_exc()
+        else:
+            print(f"puna: {problem}" if problem else error, file=sys.stderr)
+        sys.exit(problem.exit_code if problem else 2)
 
 
-def _fail(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
-    sys.exit(code)
+def _stopped(code: int | None) -> int | None:
+    if code == 128 + signal.SIGINT:
+        print("puna: stopped by Ctrl-C", file=sys.stderr)
+    return code

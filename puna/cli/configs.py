@@ -6,11 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from puna.cli.output import Json, print_json, print_rows
-from puna.config import nearest, parse_words, template, to_yaml
 from puna.errors import UsageError
 from puna.files import write_text
-from puna.recipes import CONFIGS, RECIPES, config_file, config_type, load, recipe_of
-from puna.recipes import run as run_recipe
 
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the config's.", show_default=False)
@@ -31,6 +28,10 @@ def run(
     config: Annotated[str | None, typer.Option("--config", "-c", help="A shipped config or a YAML file.")] = None,
 ) -> None:
     """Run a recipe: puna run pretrain --config quickstart/pretrain seconds=60"""
+    from puna.config import parse_words
+    from puna.recipes import load
+    from puna.recipes import run as run_recipe
+
     settings = load(recipe, config, parse_words(words or []))
     run_recipe(recipe, settings)
 
@@ -40,6 +41,9 @@ def ls(
     as_json: bool = Json,
 ) -> None:
     """List recipes, configs, models or runs."""
+    from puna.config import nearest
+    from puna.recipes import CONFIGS, RECIPES
+
     sections = {"recipes": RECIPES, "configs": CONFIGS}
     if what == "runs":
         from puna.cli.look import find_runs
@@ -84,18 +88,27 @@ def cp(config: ConfigName, file: Annotated[Path, typer.Argument(help="Where to w
 
 def validate(config: ConfigName, words: Words = None) -> None:
     """Check a config and print every value it resolves to."""
+    from puna.config import parse_words, to_yaml
+    from puna.recipes import config_file, load, recipe_of
+
     settings = load(recipe_of(config_file(config)), config, parse_words(words or []))
     print(to_yaml(settings), end="")
 
 
 def schema(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name of `puna ls recipes`.")]) -> None:
     """Print a recipe's JSON Schema, for editors."""
+    from puna.config import nearest
+    from puna.recipes import RECIPES, config_type
+
     if recipe not in RECIPES:
         raise UsageError(f"no recipe `{recipe}`" + nearest(recipe, list(RECIPES)), fix="puna ls recipes")
     print_json(config_type(recipe).model_json_schema())
 
 
 def _text(config: str) -> str:
+    from puna.config import template
+    from puna.recipes import CONFIGS, RECIPES, config_file, config_type
+
     if config in RECIPES and config not in CONFIGS:
         return template(config_type(config)) + "\n"
     return config_file(config).read_text(encoding="utf-8")

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from puna.cli.output import Json, print_json
-from puna.config import load_config, parse_words
 from puna.errors import DataError, UsageError
 
 
@@ -35,6 +34,7 @@ def evaluate(
     """Measure a model: puna eval runs/sft --tasks chain_sum --limit 200"""
     if not tasks and text is None:
         raise UsageError("nothing to measure", fix="--tasks chain_sum, or --text FILE")
+    from puna.config import load_config, nearest_path, parse_words
     from puna.eval.tasks import TaskConfig, check_tasks, evaluate_tasks, majority
     from puna.infer.llama import load
 
@@ -43,7 +43,7 @@ def evaluate(
     config = load_config(TaskConfig, given={**given, "max_tokens": max_tokens, "batch_size": batch_size})
     check_tasks(config.tasks)
     if text is not None and not text.is_file():
-        raise DataError("no such file", where=text)
+        raise DataError("no such file" + nearest_path(text), where=text)
     llama = load(model, dtype=dtype)
     results: list[dict[str, Any]] = [_text(llama, text)] if text else []
     for score in evaluate_tasks(llama, config):

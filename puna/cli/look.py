@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from puna.cli.mistakes import Verbs
 from puna.cli.output import Json, print_fields, print_json, print_rows
-from puna.config import parse_words, read_yaml
 from puna.errors import UsageError
 from puna.log import Metrics, clock, harmless
 
@@ -18,14 +18,15 @@ TokenizerFolder = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    tokenizer = typer.Typer(help="Look through a tokenizer: encode, decode, inspect.", no_args_is_help=True)
+    group: Any = {"no_args_is_help": True, "cls": Verbs}
+    tokenizer = typer.Typer(help="Look through a tokenizer: encode, decode, inspect.", **group)
     tokenizer.command("encode")(encode)
     tokenizer.command("decode")(decode)
     tokenizer.command("inspect")(inspect_tokenizer)
-    data = typer.Typer(help="Look at data: show shards or what an sft config trains, stats.", no_args_is_help=True)
+    data = typer.Typer(help="Look at data: show shards or what an sft config trains, stats.", **group)
     data.command("show")(show_data)
     data.command("stats")(stats)
-    runs = typer.Typer(help="Look at runs: ls, show.", no_args_is_help=True)
+    runs = typer.Typer(help="Look at runs: ls, show.", **group)
     runs.command("ls")(ls_runs)
     runs.command("show")(show_run)
     app.add_typer(tokenizer, name="tokenizer")
@@ -109,6 +110,7 @@ def _documents(folder: Path, split: str, numbers: list[int]) -> list[dict[str, A
 
 def _conversations(config: str, words: list[str], numbers: list[int] | None) -> list[dict[str, Any]]:
     """The conversations of these numbers; without any, the first two packed rows."""
+    from puna.config import parse_words
     from puna.data.packing import pack
     from puna.recipes import config_file, load, recipe_of
     from puna.recipes.sft import encode
@@ -181,6 +183,8 @@ def show_run(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: bool = Json
 ) -> None:
     """A run's state, what it was given, and its last numbers."""
+    from puna.config import read_yaml
+
     if not (folder / "resolved.yaml").exists():
         raise UsageError("not a run folder", where=folder, fix="puna runs ls")
     rows = Metrics(folder / "metrics.jsonl").read()
@@ -199,6 +203,8 @@ def show_run(
 
 
 def _state(folder: Path) -> str:
+    from puna.config import read_yaml
+
     rows = Metrics(folder / "metrics.jsonl").read()
     steps = max((r.get("step", 0) for r in rows), default=0)
     recipe = read_yaml(folder / "resolved.yaml").get("recipe")

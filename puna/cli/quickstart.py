@@ -7,10 +7,8 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from puna.errors import CheckpointError, DataError
+from puna.errors import CheckpointError, DataError, UsageError
 from puna.log import clock, harmless, log
-from puna.recipes import load
-from puna.recipes import run as run_recipe
 
 
 class _Step(NamedTuple):
@@ -41,22 +39,30 @@ def register(app: typer.Typer) -> None:
 
 
 def quickstart(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[STEP.KEY=VALUE]...", help="Such as pretrain.seconds=600.", show_default=False),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("puna-quickstart"),
     acts: Annotated[int, typer.Option(help="Stop after so many acts.", min=1, max=3)] = 3,
     offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing; use what is installed.")] = False,
 ) -> None:
     """Three acts, about nine minutes on two cores: a Llama is born, learns to chat, and a real one is fine-tuned."""
+    from puna.recipes import load
+    from puna.recipes import run as run_recipe
+
     started = time.monotonic()
     steps = [step for step in _STEPS if step.act <= acts]
-    settings = {step.name: load(step.recipe, f"quickstart/{step.name}", _given(step, output)) for step in steps}
+    given = _given(steps, output, words or [])
+    settings = {step.name: load(step.recipe, f"quickstart/{step.name}", given[step.name]) for step in steps}
     _require(steps, settings, offline)
     for number, step in enumerate(steps, 1):
         head = f"[{number}/{len(steps)}]"
         if _finished(output / step.name):
             log.info("%s %s: done already in %s", head, step.name, output / step.name)
             continue
-        words = "".join(f" {key}={value}" for key, value in _given(step, output).items())
-        log.info("%s puna run %s --config quickstart/%s%s", head, step.recipe, step.name, words)
+        over = "".join(f" {key}={value}" for key, value in given[step.name].items())
+        log.info("%s puna run %s --config quickstart/%s%s", head, step.recipe, step.name, over)
         run_recipe(step.recipe, settings[step.name])
     _show_newborn(output / "pretrain")
     if acts > 1:
@@ -71,11 +77,19 @@ def quickstart(
         log.info("  puna chat %s", output / ("merged" if acts > 2 else "chat"))
 
 
-def _given(step: _Step, output: Path) -> dict[str, Path]:
-    """What differs from the shipped config when the output folder does."""
-    if output == Path("puna-quickstart"):
-        return {}
-    return {"output": output / step.name, **{key: output / folder for key, folder in step.needs.items()}}
+def _given(steps: list[_Step], output: Path, words: list[str]) -> dict[str, dict[str, Any]]:
+    """What differs from each step's shipped config: folders when the output folder does, and the words for it."""
+    from puna.config import nearest, parse_words
+
+    given: dict[str, dict[str, Any]] = {step.name: {} for step in steps}
+    for step in steps if output != Path("puna-quickstart") else ():
+        given[step.name] = {"output": output / step.name, **{k: output / folder for k, folder in step.needs.items()}}
+    for key, value in parse_words(words).items():
+        step, _, key = key.partition(".")
+        if step not in given:
+            raise UsageError(f"no step `{step}`{nearest(step, list(given))}", fix=f"{', '.join(given)}: STEP.KEY=VALUE")
+        given[step][key] = value
+    return given
 
 
 def _require(steps: list[_Step], settings: dict[str, Any], offline: bool) -> None:

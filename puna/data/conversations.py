@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from puna.config import Config, UserPath, nearest
+from puna.config import Config, UserPath, nearest, nearest_path
 from puna.data.dialogues import read_dialogues
 from puna.errors import DataError, UsageError
 
@@ -187,7 +187,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 raise DataError(f"a row is {type(row).__name__}, not an object", where=where)
             yield where, row
     except FileNotFoundError:
-        raise DataError("no such file", where=path) from None
+        raise DataError("no such file" + nearest_path(path), where=path) from None
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"cannot be read: {error}", where=path) from None
 

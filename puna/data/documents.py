@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from puna.config import Config, UserPath
+from puna.config import Config, UserPath, nearest_path
 from puna.data.english import read_package
 from puna.errors import DataError, UsageError
 from puna.log import log
@@ -96,7 +96,7 @@ def _split_by_share(document: Document, share: float) -> Iterator[tuple[Split, D
 
 def _read_path(path: Path, config: SourceConfig) -> Iterator[Document]:
     if not path.exists():
-        raise DataError("no such file or folder", where=path)
+        raise DataError("no such file or folder" + nearest_path(path), where=path)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _readable(p, path))
     if not files or not files[0].name.lower().endswith(SUFFIXES):
         raise DataError("no text here", where=path, cause=f"puna reads {', '.join(SUFFIXES)}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from puna.config import nearest_path
 from puna.errors import DataError
 from puna.files import hash_file, write_json
 from puna.log import log
@@ -97,7 +98,9 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except OSError:
         raise DataError(
-            "no token shards here", where=folder, fix="puna run data sources.path=TEXTS output=FOLDER"
+            "no token shards here" + nearest_path(folder),
+            where=folder,
+            fix="puna run data sources.path=TEXTS output=FOLDER",
         ) from None
     except ValueError as error:
         raise DataError(f"damaged: {error}", where=folder / INDEX) from None

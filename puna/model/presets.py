@@ -48,7 +48,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 def _known(name: str) -> str:
     if name not in PRESETS:
-        raise ValueError(f"no preset of this name{nearest(name, list(PRESETS))} See `puna ls models`")
+        raise ValueError(f"no preset of this name{nearest(name, list(PRESETS))} (all: puna ls models)")
     return name
 
 

@@ -5,7 +5,7 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
-from puna.config import Config, load_config, nearest, read_yaml
+from puna.config import Config, load_config, nearest, nearest_path, read_yaml
 from puna.errors import UsageError
 from puna.log import log, setup_logging
 from puna.train.run_report import write_run_report
@@ -43,8 +43,8 @@ def config_file(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     if Path(name).suffix in (".yaml", ".yml"):
-        raise UsageError("no such config file", where=name, fix="puna ls configs")
-    near = nearest(name, [*CONFIGS, *RECIPES])
+        raise UsageError("no such config file" + nearest_path(Path(name)), where=name, fix="puna ls configs")
+    near = nearest(name, [*CONFIGS, *RECIPES]) or nearest_path(Path(name))
     raise UsageError(f"no config `{name}`{near}", fix="puna ls configs, or a .yaml file")
 
 

@@ -1,0 +1,98 @@
+"""Every command of the README: run here on tiny stand-ins, or named with the place that runs it."""
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from command_line import puna_forked
+
+ROOT = Path(__file__).parent.parent
+TINY = ["model.dim=16", "model.n_layers=1", "model.ffn_dim=16", "batch_size=2", "samples.prompts=[]", "steps=2"]
+ROWS = '{"prompt": "How many stars?", "completion": "345"}\n' * 8
+TUNE = ["model=runs/pretrain", "data.path=rows.jsonl", "template=llama3"]
+
+# in the README's order; the words behind a command make it small, later words win
+RUN: dict[str, list[str]] = {
+    "puna run tokenizer sources.path=my_texts": ["vocab_size=530"],
+    "puna run data sources.path=my_texts": ["sources.valid_fraction=0.2"],
+    "puna run pretrain steps=500": TINY,
+    'puna generate runs/pretrain -p "It was a dark and"': ["--max-tokens", "2"],
+    "puna ls": [],
+    "puna cat pretrain": [],
+    "puna cp quickstart/pretrain mine.yaml": [],
+    "puna validate mine.yaml seconds=600": [],
+    "puna run pretrain --config mine.yaml data=runs/data output=runs/mine model=cria-15m": ["seconds=null", *TINY],
+    "puna runs show runs/mine": [],
+    "puna run sft model=smollm2-135m data.path=rows.jsonl steps=100": [*TUNE, "steps=1", "seq_len=64"],
+    "puna chat runs/sft": ["--max-tokens", "2"],
+    "puna merge runs/sft my-model": [],
+    "puna eval my-model --text held_out.txt": [],
+    "puna eval my-model --tasks chain_sum": ["--limit", "2", "--max-tokens", "1"],
+    'puna eval my-model --tasks "{chain_sum: {max_terms: 2}}" --shots 4': ["--limit", "2", "--max-tokens", "1"],
+    "puna cp sft tune.yaml": [],
+    "puna data show tune.yaml": TUNE,
+    "puna data show runs/data": [],
+    "puna data stats runs/data": [],
+    'puna tokenizer encode runs/tokenizer "text"': [],
+    "puna inspect runs/pretrain": [],
+}
+# (file, the line in it that runs the command)
+ELSEWHERE = {
+    "make quickstart": ("Makefile", "$(BIN)/puna quickstart"),
+    "make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu": ("Makefile", "$(INDEX) '$(TORCH)'"),
+    "make test": ("Makefile", "$(MAKE) --no-print-directory test"),
+    "puna quickstart --acts 1": (".ci/wheel", "puna quickstart --acts 1"),
+    "puna chat smollm2-135m": ("tests/test_gguf.py", 'load("smollm2-135m"'),
+    "python bench/lora.py": ("tests/test_readme.py", '"bench/lora.py", "--help"'),
+}
+
+
+def commands(text: str) -> list[str]:
+    """Commands in code blocks and between backticks, without comments, prompts and what they print."""
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    lines += [" ".join(inline.split()) for inline in re.findall(r"`([^`]+)`", prose)]
+    called = [line for line in lines if re.match(r"(puna|make|python bench/\S+)( [^/]|$)", line)]
+    return list(dict.fromkeys(re.split(r"\s+# ", line)[0].strip() for line in called if line not in ("puna", "make")))
+
+
+def test_every_command_of_the_readme_is_run_somewhere() -> None:
+    """The first thing a stranger types fails: a command that was renamed everywhere but there."""
+    found = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sorted(found) == sorted([*RUN, *ELSEWHERE])
+    for command, (file, line) in ELSEWHERE.items():
+        assert line in (ROOT / file).read_text(encoding="utf-8"), command
+
+
+def test_the_benchmark_starts() -> None:
+    """A script that was moved; the measuring itself takes minutes and a machine of its own."""
+    done = subprocess.run([sys.executable, "bench/lora.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, "--rounds" in done.stdout) == (0, True), done.stderr
+
+
+def test_a_new_command_is_seen() -> None:
+    """The search itself must find commands in blocks, behind a prompt, and in prose over two lines."""
+    text = "A `puna\nfly` and `x=1`.\n\n```\n$ puna walk a  # to b\nputs b\nmake haste\n```\n`puna/cli/`\n"
+    assert commands(text) == ["puna walk a", "make haste", "puna fly"]
+
+
+@pytest.mark.skipif(not find_spec("reasoning_gym"), reason="reasoning-gym is not installed: the README is not run")
+def test_the_readme_runs(tmp_path: Path, texts: Path) -> None:
+    """Commands that each work alone and not one after the other, as they stand in the README."""
+    (tmp_path / "my_texts").symlink_to(texts)
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    (tmp_path / "held_out.txt").write_text("The stars count the llamas.\n")
+    calls = [[*shlex.split(command)[1:], *more] for command, more in RUN.items()]
+    answers = puna_forked(calls, tmp_path, stdin="Who are you?\n/quit\n")
+    assert "\n".join(f"{done.args}: {done.stderr}" for done in answers if done.returncode) == ""
+    printed = {command: done.stdout for command, done in zip(RUN, answers, strict=True)}
+    silent = {command for command, text in printed.items() if not text}
+    assert silent == {command for command in RUN if command.startswith("puna run ")}
+    assert "seconds: 600" in printed["puna validate mine.yaml seconds=600"]
+    assert "[[345<|eot_id|>]]" in printed["puna data show tune.yaml"]
+    assert "bits_per_byte" in printed["puna eval my-model --text held_out.txt"]
