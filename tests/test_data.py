@@ -144,3 +144,43 @@ def test_interrupted_encoding_leaves_nothing(texts: Path, tokenizer_folder: Path
     with pytest.raises(DataError, match=r"b\.txt:1"):
         run("data", output=tmp_path / "out", tokenizer=tokenizer_folder, **{"sources.path": tmp_path / "texts"})
     assert [p.name for p in tmp_path.iterdir()] == ["texts"]
+
+
+def two_sources(folder: Path) -> Shards:
+    """60 documents of ids below 500 from one source, then 30 of ids above from another."""
+    folder.mkdir()
+    writer = ShardWriter(folder, "train", 1000)
+    for number in range(90):
+        bible = number < 60
+        writer.add([number if bible else 500 + number] * 20, f"{'kjv' if bible else 'plays'}/{number}", 40)
+    write_index(folder, [writer], "sha256:none")
+    return Shards(folder, "train")
+
+
+def test_mixture(tmp_path: Path) -> None:
+    """A source's passes are those asked for, windows stay inside their source, and a position is still two integers."""
+    shards = two_sources(tmp_path / "s")
+    assert shards.sources == [("kjv", 1200), ("plays", 600)]
+    mixture = {"kjv": 0.25, "plays": 2.0}
+    loader = TokenLoader(shards, 10, 1, seed=3, mixture=mixture)
+    rows = [next(loader).tokens[0].tolist() for _ in range(147)]
+    assert loader.state_dict()["epoch"] == 1
+    plays = [row for row in rows if row[0] >= 500]
+    assert len(plays) == 2 * 59  # of 59 windows in 600 ids cut at an offset
+    assert len(rows) - len(plays) == 29
+    assert all((min(row) >= 500) == (max(row) >= 500) for row in rows)
+    assert all(plays.count(row) % 2 == 0 for row in plays)  # two whole passes, not draws with replacement
+    assert loader.epochs() == {"kjv": 0.25, "plays": 2.0}
+    again = TokenLoader(shards, 10, 1, seed=3, mixture=mixture)
+    again.load_state_dict({**loader.state_dict(), "epoch": 0, "index": 40})
+    assert [next(again).tokens[0].tolist() for _ in range(107)] == rows[40:]
+    with pytest.raises(DataError, match="did you mean `plays`"):
+        TokenLoader(shards, 10, 1, seed=3, mixture={"play": 1.0})
+
+
+def test_an_unmixed_loader_reads_across_sources(tmp_path: Path) -> None:
+    """Without weights every id is seen once an epoch, whatever source it came from."""
+    loader = TokenLoader(two_sources(tmp_path / "s"), 10, 1, seed=3)
+    starts = sorted(next(loader).tokens[0, 0].item() for _ in range(179))
+    assert len(starts) == 179 and loader.state_dict()["epoch"] == 1
+    assert loader.epochs() == {"kjv": 1.0, "plays": 1.0}

@@ -1,6 +1,7 @@
 """Batches of packed text. The order is a pure function of (seed, epoch, data), so the position is two integers."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from puna.config import nearest
 from puna.data.shards import Shards
 from puna.errors import DataError
 from puna.ops.attention import Documents
@@ -38,12 +40,26 @@ class TokenLoader:
     """Endless batches of windows of seq_len + 1 ids, every window of an epoch once, in shuffled order.
 
     Each epoch cuts the text at another offset, so the windows differ from epoch to epoch.
+
+    Args:
+        mixture: passes over a source in an epoch, 1 where none is given: 0.5 draws half of its windows, 2 each twice.
     """
 
-    def __init__(self, shards: Shards, seq_len: int, batch_size: int, seed: int):
+    def __init__(
+        self, shards: Shards, seq_len: int, batch_size: int, seed: int, mixture: Mapping[str, float] | None = None
+    ):
         self.shards, self.seq_len, self.batch_size, self.seed = shards, seq_len, batch_size, seed
+        self.mixture = dict(mixture or {})
         self.epoch = self.index = 0
-        if shards.tokens < 2 * seq_len + 1:
+        names = sorted({name for name, _ in shards.sources})
+        for name in self.mixture:
+            if name not in names:
+                raise DataError(
+                    f"mixture: no source `{name}`" + nearest(name, names), where=shards.folder, fix=", ".join(names)
+                )
+        # Without a mixture windows may run from one source into the next, as they do between documents.
+        self._stretches = shards.sources if self.mixture else [("", shards.tokens)]
+        if shards.tokens < 2 * seq_len + 1 or not self._quotas():
             raise DataError(
                 f"the split has {shards.tokens:,} tokens, too few for windows of seq_len={seq_len}",
                 where=shards.folder, fix="more text, or a smaller seq_len",
@@ -56,6 +72,11 @@ class TokenLoader:
         rows = torch.from_numpy(np.stack([self._next_window() for _ in range(self.batch_size)]))
         tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         return Batch(tokens, labels, labels.numel())
+
+    def epochs(self) -> dict[str, float]:
+        """Passes made over each source so far."""
+        done = self.epoch + self.index / sum(quota for quota, *_ in self._quotas())
+        return {name: done * self.mixture.get(name, 1.0) for name, _ in self.shards.sources}
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "index": self.index, "data": self.shards.fingerprint}
@@ -74,13 +95,37 @@ class TokenLoader:
         self.epoch, self.index = state["epoch"], state["index"]
 
     def _next_window(self) -> np.ndarray:
-        offset = _hash(self.seed, self.epoch, self.shards.fingerprint) % self.seq_len
-        count = (self.shards.tokens - 1 - offset) // self.seq_len
-        place = permute(self.index, count, _hash(self.seed, self.epoch, self.shards.fingerprint, "order"))
+        quotas = self._quotas()
+        count = sum(quota for quota, *_ in quotas)
+        place = permute(self.index, count, self._draw("order"))
+        start = self._start(place, quotas)
         self.index += 1
         if self.index == count:
             self.epoch, self.index = self.epoch + 1, 0
-        return self.shards.read(offset + place * self.seq_len, self.seq_len + 1)
+        return self.shards.read(start, self.seq_len + 1)
+
+    def _quotas(self) -> list[tuple[int, int, int]]:
+        """Of each stretch with windows in this epoch: how many are drawn, how many there are, where the first is."""
+        offset, begin, quotas = self._draw() % self.seq_len, 0, []
+        for name, tokens in self._stretches:
+            windows = max(0, tokens - 1 - offset) // self.seq_len
+            if drawn := int(windows * self.mixture.get(name, 1.0)):
+                quotas.append((drawn, windows, begin + offset))
+            begin += tokens
+        return quotas
+
+    def _start(self, place: int, quotas: list[tuple[int, int, int]]) -> int:
+        """Where the window number `place` of an unshuffled epoch begins."""
+        for number, (drawn, windows, first) in enumerate(quotas):
+            if place < drawn:
+                if self.mixture:  # which of its windows, and in another order at each pass
+                    place = permute(place % windows, windows, self._draw(number, place // windows))
+                return first + place * self.seq_len
+            place -= drawn
+        raise IndexError(place)
+
+    def _draw(self, *what: object) -> int:
+        return _hash(self.seed, self.epoch, self.shards.fingerprint, *what)
 
 
 def permute(index: int, count: int, key: int) -> int:

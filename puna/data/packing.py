@@ -103,6 +103,10 @@ class PackedLoader:
                 start = end
         return Batch(tokens, labels, int((labels != IGNORE).sum()), positions, Documents(tuple(spans)))
 
+    def epochs(self) -> dict[str, float]:
+        """Passes made over the conversations so far."""
+        return {"text": self.epoch + self.index / len(self.packs)}
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "index": self.index, "data": self.fingerprint}
 

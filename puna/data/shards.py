@@ -31,6 +31,7 @@ class ShardWriter:
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.bytes = 0
         self._shards: list[dict[str, Any]] = []
+        self._sources: list[dict[str, Any]] = []
         self._offsets: list[int] = []
         self._open: list[Any] = []
 
@@ -45,12 +46,15 @@ class ShardWriter:
         self._open[1].write(json.dumps({"name": name, "bytes": size}, ensure_ascii=False) + "\n")
         self._offsets.append(self._offsets[-1] + values.size)
         self.bytes += size
+        if not self._sources or self._sources[-1]["name"] != source_of(name):
+            self._sources.append({"name": source_of(name), "tokens": 0})
+        self._sources[-1]["tokens"] += values.size
 
     def close(self) -> dict[str, Any]:
         """Finish the files; return the split's entry for the index."""
         self._end()
         counts = {k: sum(s[k] for s in self._shards) for k in ("tokens", "documents")}
-        return {**counts, "bytes": self.bytes, "shards": self._shards}
+        return {**counts, "bytes": self.bytes, "sources": self._sources, "shards": self._shards}
 
     def _next(self) -> None:
         self._end()
@@ -70,6 +74,11 @@ class ShardWriter:
             {"name": stem.name, "tokens": self._offsets[-1], "documents": len(self._offsets) - 1, "hash": digest}
         )
         self._open = []
+
+
+def source_of(name: str) -> str:
+    """The source of a document: the package or folder its name begins with, "text" for one at the top."""
+    return name.partition("/")[0] if "/" in name else "text"
 
 
 def write_index(folder: Path, writers: Sequence[ShardWriter], tokenizer: str) -> dict[str, Any]:
@@ -119,6 +128,8 @@ class Shards:
         entry = index["splits"][split]
         self.folder, self.fingerprint, self.vocab_size = folder, index["fingerprint"], index["vocab_size"]
         self.tokens, self.documents, self.bytes = entry["tokens"], entry["documents"], entry["bytes"]
+        self.sources = [(s["name"], s["tokens"]) for s in entry.get("sources", [])] or [("text", self.tokens)]
+        """(name, tokens) of the stretches the split is made of, in order."""
         self._hashes = {s["name"]: s["hash"] for s in entry["shards"]}
         self._names = [s["name"] for s in entry["shards"]]
         self._ids = [self._map(s, np.dtype(index["dtype"]).newbyteorder("<")) for s in entry["shards"]]

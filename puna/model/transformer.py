@@ -106,7 +106,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        # `_weight`: its own initialisation would cost a second of imports on the meta device, for nothing.
+        weight = torch.empty(config.vocab_size, config.dim)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim, _weight=weight)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size)

@@ -1,5 +1,6 @@
 """Pretrain a Llama: token shards -> run folder with a model directory in `final/`."""
 
+import math
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -47,6 +48,8 @@ class Config(RecipeConfig):
     output: UserPath = Path("runs/pretrain")
     data: UserPath = Path("runs/data")
     """A shard folder made by the data recipe; its tokenizer comes with it."""
+    mixture: dict[str, PositiveFloat] = {}
+    """Passes over a source in an epoch, {kjv: 0.5}; 1 for those not named. A source is a package or a folder."""
     model: ModelSpec = ModelChoice()
     """A preset (`model=llama3.2-1b`), or a preset with changed values."""
     seq_len: PositiveInt = 256
@@ -76,7 +79,7 @@ def main(config: Config) -> Path:
         train.verify()
         model = _model(config, tokenizer, device)
         training = config.train.model_copy(update={"optimizer": with_rate(config.train.optimizer, model.config.dim)})
-        batches = TokenLoader(train, config.seq_len, config.batch_size, config.seed)
+        batches = TokenLoader(train, config.seq_len, config.batch_size, config.seed, config.mixture)
         evaluate = partial(_evaluate, run=run, config=config, valid=valid, tokenizer=tokenizer)
         made_from = lineage(config, data=train.fingerprint)
         save = partial(save_model, model=model, tokenizer=tokenizer, save_dtype=config.save_dtype, lineage=made_from)
@@ -118,7 +121,7 @@ def _model(config: Config, tokenizer: Tokenizer, device: torch.device) -> Transf
 def _evaluate(
     model: Transformer, step: int, *, run: Run, config: Config, valid: Shards, tokenizer: Tokenizer
 ) -> dict[str, float]:
-    """An estimate of bits per byte on a part of the validation split; samples go to the log and samples.jsonl."""
+    """Bits per byte, and nats a token, on a part of the validation split; samples go to the log and samples.jsonl."""
     options = config.samples
     if options.prompts:
         ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in options.prompts]
@@ -132,7 +135,8 @@ def _evaluate(
             run.samples.write(step=step, prompt=prompt, text=text)
     if not valid.tokens:
         return {}
-    return {"bits_per_byte": bits_per_byte(model, valid, config.seq_len, config.batch_size, max_windows=128)}
+    bits = bits_per_byte(model, valid, config.seq_len, config.batch_size, max_windows=128)
+    return {"bits_per_byte": bits, "valid_loss": bits * math.log(2) * valid.bytes / (valid.tokens - 1)}
 
 
 def _report(run: Run, result: dict[str, float]) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ class BatchSource(Protocol):
 
     def __next__(self) -> Batch: ...
     def __iter__(self) -> Iterator[Batch]: ...
+    def epochs(self) -> dict[str, float]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -92,7 +94,9 @@ def fit(
             due = last or (state.step and state.step % evaluate_every == 0)
             if due and state.step not in evaluated and not run.stop.signal:
                 started = time.perf_counter()
-                metrics = evaluate(model, state.step)
+                metrics = {**evaluate(model, state.step), **_progress(run, batches)}
+                if "valid_loss" in metrics and "train_loss" in metrics:
+                    metrics["gap"] = metrics["valid_loss"] - metrics["train_loss"]
                 state.seconds += time.perf_counter() - started
                 run.metrics.write(step=state.step, **metrics)
                 told = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
@@ -117,6 +121,15 @@ def fit(
             if state.step % save_every == 0 or state.step == steps:
                 save_train_state(run, state, model, optimizer, batches, save_model)
                 prune(run, config.keep)
+
+
+def _progress(run: Run, batches: BatchSource) -> dict[str, float]:
+    """The mean training loss since the last validation, and the passes made over each source of text."""
+    losses: list[float] = []
+    for row in run.metrics.read():
+        losses = [*losses, row["loss"]] if "loss" in row else []
+    passes = {f"epochs.{name}": done for name, done in batches.epochs().items()}
+    return passes | ({"train_loss": fmean(losses)} if losses else {})
 
 
 def train_step(
