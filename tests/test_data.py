@@ -182,5 +182,6 @@ def test_an_unmixed_loader_reads_across_sources(tmp_path: Path) -> None:
     """Without weights every id is seen once an epoch, whatever source it came from."""
     loader = TokenLoader(two_sources(tmp_path / "s"), 10, 1, seed=3)
     starts = sorted(next(loader).tokens[0, 0].item() for _ in range(179))
-    assert len(starts) == 179 and loader.state_dict()["epoch"] == 1
+    assert len(starts) == 179
+    assert loader.state_dict()["epoch"] == 1
     assert loader.epochs() == {"kjv": 1.0, "plays": 1.0}
