@@ -1,5 +1,6 @@
 """Recipes and their configs: run, ls, cat, cp, validate, schema."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,9 +8,11 @@ import typer
 
 from puna.cli.output import Json, print_json, print_rows
 from puna.config import nearest, parse_words, template, to_yaml
+from puna.dist.launch import launch
 from puna.errors import UsageError
 from puna.files import write_text
-from puna.recipes import CONFIGS, RECIPES, config_file, config_type, load, recipe_of
+from puna.ranks import ranks
+from puna.recipes import CONFIGS, RECIPES, check_ranks, config_file, config_type, load, recipe_of
 from puna.recipes import run as run_recipe
 
 Words = Annotated[
@@ -29,9 +32,15 @@ def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name of `puna ls recipes`.")],
     words: Words = None,
     config: Annotated[str | None, typer.Option("--config", "-c", help="A shipped config or a YAML file.")] = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes that train together, one a device.")] = 1,
 ) -> None:
     """Run a recipe: puna run pretrain --config quickstart/pretrain seconds=60"""
     settings = load(recipe, config, parse_words(words or []))
+    if nproc > 1 and ranks() == 1:
+        check_ranks(recipe, nproc)
+        raise typer.Exit(launch(nproc, [sys.executable, "-m", "puna", *sys.argv[1:]]))
+    if nproc not in (1, ranks()):
+        raise UsageError(f"--nproc {nproc} among {ranks()} ranks that torchrun started", fix="leave --nproc out")
     run_recipe(recipe, settings)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from puna.data.shards import Shards
+from puna.dist.collectives import part
 from puna.errors import DataError
 from puna.ops.attention import Documents
 
@@ -37,11 +38,13 @@ class Batch:
 class TokenLoader:
     """Endless batches of windows of seq_len + 1 ids, every window of an epoch once, in shuffled order.
 
-    Each epoch cuts the text at another offset, so the windows differ from epoch to epoch.
+    Each epoch cuts the text at another offset, so the windows differ from epoch to epoch. A batch has `batch_size`
+    windows over all ranks, the same ones for any number of them; each rank reads its part.
     """
 
     def __init__(self, shards: Shards, seq_len: int, batch_size: int, seed: int):
         self.shards, self.seq_len, self.batch_size, self.seed = shards, seq_len, batch_size, seed
+        self.part = part(batch_size)
         self.epoch = self.index = 0
         if shards.tokens < 2 * seq_len + 1:
             raise DataError(
@@ -53,7 +56,8 @@ class TokenLoader:
         return self
 
     def __next__(self) -> Batch:
-        rows = torch.from_numpy(np.stack([self._next_window() for _ in range(self.batch_size)]))
+        starts = [self._next_start() for _ in range(self.batch_size)][self.part]
+        rows = torch.from_numpy(np.stack([self.shards.read(start, self.seq_len + 1) for start in starts]))
         tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         return Batch(tokens, labels, labels.numel())
 
@@ -73,14 +77,14 @@ class TokenLoader:
             )  # fmt: skip
         self.epoch, self.index = state["epoch"], state["index"]
 
-    def _next_window(self) -> np.ndarray:
+    def _next_start(self) -> int:
         offset = _hash(self.seed, self.epoch, self.shards.fingerprint) % self.seq_len
         count = (self.shards.tokens - 1 - offset) // self.seq_len
         place = permute(self.index, count, _hash(self.seed, self.epoch, self.shards.fingerprint, "order"))
         self.index += 1
         if self.index == count:
             self.epoch, self.index = self.epoch + 1, 0
-        return self.shards.read(offset + place * self.seq_len, self.seq_len + 1)
+        return offset + place * self.seq_len
 
 
 def permute(index: int, count: int, key: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from puna.config import Config, load_config, nearest, read_yaml
 from puna.errors import UsageError
 from puna.log import log, setup_logging
+from puna.ranks import rank, ranks
 from puna.train.run_report import write_run_report
 
 RECIPES = {
@@ -84,10 +85,17 @@ def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any
     if not log.handlers:
         setup_logging()
     settings = config if isinstance(config, Config) else load(recipe, config, overrides)
+    check_ranks(recipe, ranks())
     output = _module(recipe).main(settings)
-    if (output / "result.json").exists():
+    if rank() == 0 and (output / "result.json").exists():
         log.info("report: %s", write_run_report(output))
     return output
+
+
+def check_ranks(recipe: str, count: int) -> None:
+    """Raise UsageError if `recipe` does not work as `count` ranks."""
+    if count > 1 and recipe not in ("pretrain", "sft"):
+        raise UsageError(f"`{recipe}` runs in one process", fix="without --nproc or torchrun")
 
 
 def _module(recipe: str) -> Any:
