@@ -67,7 +67,7 @@ def fit(
 
     Args:
         model: what transforms made of it; its trainable parameters are optimized.
-        batches: micro-batches; a batch knows `n`, its number of trained units.
+        batches: this rank's parts of micro-batches; a batch knows `n`, its number of trained units.
         objective: the sum of the loss over a batch's units; the division is made here, by the step's n.
         evaluate: (model, step) -> metrics of the model as it stands, logged with the step.
         save_model: writes the model into a checkpoint's folder.
