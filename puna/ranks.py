@@ -10,7 +10,7 @@ def ranks() -> int:
 
 def rank() -> int:
     """This process among `ranks()`. Rank 0 logs, writes the run folder and decides what has to be decided once."""
-    return int(os.environ["RANK"]) if ranks() > 1 else 0
+    return int(os.environ.get("RANK", "0")) if ranks() > 1 else 0
 
 
 def local_ranks() -> int:
