@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from puna.errors import ResourceError, UsageError
 from puna.log import log
+from puna.ranks import local_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -67,11 +68,9 @@ def calibrate_threads() -> int:
     import torch
 
     best, rates = 1, {}
-    x, counts = (
-        torch.randn(512, 512),
-        _candidates(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1),
-    )
-    for count in counts:
+    x = torch.randn(512, 512)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    for count in _candidates(max(1, cores // local_ranks())):
         torch.set_num_threads(count)
         times = []
         for _ in range(8):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.files import disk_errors, write_text
+from puna.ranks import rank
 
 log = logging.getLogger("puna")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -21,7 +22,8 @@ def setup_logging(verbosity: int = 0) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
-    log.setLevel({-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG))
+    level = {-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG)
+    log.setLevel(logging.ERROR if rank() else level)  # rank 0 speaks for all
     log.propagate = False
 
 
@@ -31,18 +33,20 @@ def harmless(text: str, instead: str = "") -> str:
 
 
 class Metrics:
-    """Appends one JSON object a line. Rows past `step` are dropped, so a resumed run does not log a step twice."""
+    """Appends one JSON object a line, on rank 0. Rows past `step` are dropped: a resumed run logs no step twice."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def rewind(self, step: float = math.inf) -> None:
         """Drop the rows past `step`, and a last one that was cut short."""
-        if self.path.exists():
+        if self.path.exists() and rank() == 0:
             kept = [row for row in self.read() if row.get("step", 0) <= step]
             write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def write(self, **row: Any) -> None:
+        if rank():
+            return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite, ensure_ascii=False) + "\n")

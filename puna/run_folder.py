@@ -24,6 +24,7 @@ from puna.config import RecipeConfig, differences, read_yaml, to_yaml
 from puna.errors import CheckpointError, Interrupted, UsageError
 from puna.files import lock, make_folder, sweep, write_json, write_text
 from puna.log import Metrics, log
+from puna.ranks import rank, ranks
 
 T = TypeVar("T")
 
@@ -36,17 +37,21 @@ class Run:
         self.checkpoints, self.final = folder / "checkpoints", folder / "final"
         self.metrics, self.samples = Metrics(folder / "metrics.jsonl"), Metrics(folder / "samples.jsonl")
         self.stop = Stop()
+        self.from_first: Callable[[Callable[[], Any]], Any] = _call
+        """What a function gives on rank 0; several ranks exchange it (dist/shared.py)."""
 
     def once(self, name: str, measure: Callable[[], T]) -> T:
-        """The stored value of `name`, or `measure()` now, stored. A resumed run never measures again."""
+        """The stored value of `name`, or `measure()` now, stored. A resumed run never measures again.
+
+        All ranks measure, since that may need all of them; what rank 0 found is what holds.
+        """
         path = self.folder / "measured.json"
-        try:
-            stored = json.loads(path.read_bytes()) if path.exists() else {}
-        except ValueError as error:
-            raise CheckpointError(f"damaged: {error}", where=path, fix="start again with another output=...") from None
+        stored = self.from_first(lambda: _stored(path))
         if name not in stored:
-            stored[name] = measure()
-            write_json(path, stored)
+            value = measure()
+            stored[name] = self.from_first(lambda: value)
+            if rank() == 0:
+                write_json(path, stored)
         return stored[name]
 
 
@@ -89,6 +94,10 @@ def open_run(config: RecipeConfig) -> Iterator[Run]:
         finally:
             log.removeHandler(handler)
             handler.close()
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()
 
 
 class Stop:
@@ -135,8 +144,16 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
+        "ranks": ranks(),
         "versions": {name: installed.get(name) for name in wanted},
     }
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"damaged: {error}", where=path, fix="start again with another output=...") from None
 
 
 def _check_continues(config: RecipeConfig, folder: Path) -> None:

@@ -8,10 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from puna.checkpoint.model_directory import read_json
 from puna.checkpoint.names import from_disk_name, name_problems, to_disk_name
+from puna.dist.fsdp import gathered
 from puna.errors import CheckpointError
 from puna.files import write_json
 from puna.lora import LoraConfig, add_lora, lora_parameters
 from puna.model.transformer import Transformer
+from puna.ranks import rank
 from puna.tokenizer.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -21,8 +23,10 @@ _PREFIX = "base_model.model."
 def save_adapter(
     folder: Path, model: Transformer, config: LoraConfig, tokenizer: Tokenizer, base: str, lineage: dict[str, Any]
 ) -> None:
-    """Write the adapters of `model` (fp32) into an existing folder; `base` says what they belong to."""
-    tensors = {f"{_PREFIX}{to_disk_name(n)}": p.detach().cpu().contiguous() for n, p in lora_parameters(model).items()}
+    """Write the adapters of `model` (fp32) into an existing folder; `base` says what they belong to. Rank 0 writes."""
+    tensors = gathered({f"{_PREFIX}{to_disk_name(n)}": p for n, p in lora_parameters(model).items()})
+    if rank():
+        return
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     values = {
         "peft_type": "LORA",

@@ -9,10 +9,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from puna.checkpoint.names import DTYPES, from_disk_name, from_hf_config, name_problems, to_disk_name, to_hf_config
+from puna.dist.fsdp import gathered
 from puna.errors import CheckpointError
 from puna.files import write_json
 from puna.model.init import build_model, materialize
 from puna.model.transformer import Transformer
+from puna.ranks import rank
 from puna.tokenizer.tokenizer import Tokenizer
 
 _SHARD_BYTES = 5_000_000_000
@@ -23,7 +25,7 @@ _INDEX = "model.safetensors.index.json"
 def save_model(
     folder: Path, model: Transformer, tokenizer: Tokenizer, save_dtype: str, lineage: dict[str, Any]
 ) -> None:
-    """Write weights, configs, tokenizer and lineage into an existing (temporary) folder.
+    """Write weights, configs, tokenizer and lineage into an existing (temporary) folder; rank 0 of all ranks writes.
 
     Args:
         save_dtype: fp32, bf16, fp16 or fp64: what the weights are stored in.
@@ -31,11 +33,10 @@ def save_model(
     """
     dtype = DTYPES[save_dtype]
     tied = model.config.tie_embeddings
-    tensors = {
-        to_disk_name(name): p.detach().to(device="cpu", dtype=dtype).contiguous()
-        for name, p in model.named_parameters()
-        if not (tied and name.startswith("lm_head."))
-    }
+    stored = {n: p for n, p in model.named_parameters() if not (tied and n.startswith("lm_head."))}
+    tensors = gathered({to_disk_name(name): p for name, p in stored.items()}, dtype)
+    if rank():
+        return
     _save_tensors(folder, tensors)
     config = to_hf_config(model.config, dtype, tokenizer.bos_id, tokenizer.eos_id)
     write_json(folder / "config.json", config)

@@ -2,7 +2,9 @@
 
 step-N/                 model directory in save_dtype: any checkpoint can be chatted with
 step-N/optimizer/       fp32 parameters and optimizer moments, torch's distributed checkpoint in safetensors
-step-N/state.json       step, tokens, seconds, data position, generator state, threads
+step-N/state.json       step, tokens, seconds, data position, generator states by rank, threads
+
+Every rank writes and reads its parts; any number of ranks goes on from what any number has saved.
 """
 
 import base64
@@ -17,9 +19,11 @@ import torch
 from torch import nn
 
 from puna.checkpoint.model_directory import checkpoints, read_json
+from puna.dist.collectives import from_each, from_first, on_first
 from puna.errors import CheckpointError
-from puna.files import atomic_folder, require_space, temporary_name, verify, write_json
+from puna.files import atomic_folder, disk_errors, require_space, temporary_name, verify, write_json
 from puna.log import log
+from puna.ranks import rank, ranks
 from puna.run_folder import Run
 
 
@@ -51,23 +55,27 @@ def save_train_state(
         ResourceError: the disk is full; older checkpoints are untouched.
     """
     tensors = _tensors(model, optimizer)
-    require_space(run.folder, sum(t.nbytes for t in tensors.values()) * 3 // 2)
+    from_first(require_space, run.folder, sum(t.nbytes for t in tensors.values()) * 3 // 2)
     target = run.checkpoints / f"step-{state.step}"
-    if target.exists():  # saved by the run before this one was interrupted
+    if from_first(target.exists):  # saved by the run before this one was interrupted
         return target
-    run.metrics.sync()
-    run.samples.sync()
-    with atomic_folder(target) as folder:
+    if rank() == 0:
+        run.metrics.sync()
+        run.samples.sync()
+    generator = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+    # disk_errors for the other ranks too: theirs is the same full disk, and torch raises what one met on all.
+    with disk_errors(target), on_first(atomic_folder(target)) as folder:
         save_model(folder)
         _write(folder / "optimizer", tensors)
         values = {
             **asdict(state),
             "data": batches.state_dict(),
-            "generator": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+            "generators": from_each(generator),
             "threads": torch.get_num_threads(),
             "moments": any(optimizer.state.values()),
         }
-        write_json(folder / "state.json", values)
+        if rank() == 0:
+            write_json(folder / "state.json", values)
     log.debug("saved %s", target)
     return target
 
@@ -81,8 +89,12 @@ def load_train_state(
         _make_moments(optimizer)
     _read(folder / "optimizer", _tensors(model, optimizer))
     batches.load_state_dict(values["data"])
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(values["generator"])), dtype=torch.uint8))
-    torch.set_num_threads(values["threads"])
+    if len(values["generators"]) == ranks():
+        generator = bytearray(base64.b64decode(values["generators"][rank()]))
+        torch.set_rng_state(torch.frombuffer(generator, dtype=torch.uint8))
+        torch.set_num_threads(values["threads"])
+    else:  # dropout of other rows: no stream can be gone on with
+        torch.manual_seed(values["step"] * ranks() + rank())
     log.info("resumed from %s", folder)
     return TrainState(values["step"], values["tokens"], values["seconds"])
 
@@ -137,7 +149,8 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
     with warnings.catch_warnings():  # "torch.distributed is disabled": one process is what we mean
         warnings.simplefilter("ignore")
-        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=ranks() > 1)
+        save(dict(tensors), storage_writer=writer, no_dist=ranks() == 1)
 
 
 def _read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -147,7 +160,7 @@ def _read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=ranks() == 1)
     except BaseException as error:  # CheckpointException is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise

@@ -1,5 +1,6 @@
 """Recipes and their configs: run, ls, cat, cp, validate, schema."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 from puna.cli.output import Json, print_json, print_rows
 from puna.errors import UsageError
 from puna.files import write_text
+from puna.ranks import ranks
 
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the config's.", show_default=False)
@@ -26,6 +28,7 @@ def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name of `puna ls recipes`.")],
     words: Words = None,
     config: Annotated[str | None, typer.Option("--config", "-c", help="A shipped config or a YAML file.")] = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes that train together, one a device.")] = 1,
 ) -> None:
     """Run a recipe: puna run pretrain --config quickstart/pretrain seconds=60"""
     from puna.config import parse_words
@@ -33,6 +36,14 @@ def run(
     from puna.recipes import run as run_recipe
 
     settings = load(recipe, config, parse_words(words or []))
+    if nproc > 1 and ranks() == 1:
+        from puna.dist.launch import launch
+        from puna.recipes import check_ranks
+
+        check_ranks(recipe, nproc)
+        raise typer.Exit(launch(nproc, [sys.executable, "-m", "puna", *sys.argv[1:]]))
+    if nproc not in (1, ranks()):
+        raise UsageError(f"--nproc {nproc} among {ranks()} ranks that torchrun started", fix="leave --nproc out")
     run_recipe(recipe, settings)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from puna.config import nearest
 from puna.data.shards import Shards
+from puna.dist.collectives import part
 from puna.errors import DataError
 from puna.ops.attention import Documents
 
@@ -39,7 +40,8 @@ class Batch:
 class TokenLoader:
     """Endless batches of windows of seq_len + 1 ids, every window of an epoch once, in shuffled order.
 
-    Each epoch cuts the text at another offset, so the windows differ from epoch to epoch.
+    Each epoch cuts the text at another offset, so the windows differ from epoch to epoch. A batch has `batch_size`
+    windows over all ranks, the same ones for any number of them; each rank reads its part.
 
     Args:
         mixture: passes over a source in an epoch, 1 where none is given: 0.5 draws half of its windows, 2 each twice.
@@ -49,7 +51,7 @@ class TokenLoader:
         self, shards: Shards, seq_len: int, batch_size: int, seed: int, mixture: Mapping[str, float] | None = None
     ):
         self.shards, self.seq_len, self.batch_size, self.seed = shards, seq_len, batch_size, seed
-        self.mixture = dict(mixture or {})
+        self.mixture, self.part = dict(mixture or {}), part(batch_size)
         self.epoch = self.index = 0
         names = sorted({name for name, _ in shards.sources})
         for name in self.mixture:
@@ -69,7 +71,8 @@ class TokenLoader:
         return self
 
     def __next__(self) -> Batch:
-        rows = torch.from_numpy(np.stack([self._next_window() for _ in range(self.batch_size)]))
+        starts = [self._next_start() for _ in range(self.batch_size)][self.part]
+        rows = torch.from_numpy(np.stack([self.shards.read(start, self.seq_len + 1) for start in starts]))
         tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         return Batch(tokens, labels, labels.numel())
 
@@ -94,7 +97,7 @@ class TokenLoader:
             )  # fmt: skip
         self.epoch, self.index = state["epoch"], state["index"]
 
-    def _next_window(self) -> np.ndarray:
+    def _next_start(self) -> int:
         quotas = self._quotas()
         count = sum(quota for quota, *_ in quotas)
         place = permute(self.index, count, self._draw("order"))
@@ -102,7 +105,7 @@ class TokenLoader:
         self.index += 1
         if self.index == count:
             self.epoch, self.index = self.epoch + 1, 0
-        return self.shards.read(start, self.seq_len + 1)
+        return start
 
     def _quotas(self) -> list[tuple[int, int, int]]:
         """Of each stretch with windows in this epoch: how many are drawn, how many there are, where the first is."""

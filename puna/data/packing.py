@@ -8,6 +8,7 @@ import torch
 
 from puna.data.conversations import Conversation
 from puna.data.loader import Batch, permute
+from puna.dist.collectives import part
 from puna.errors import DataError
 from puna.log import log
 from puna.ops.attention import Documents
@@ -69,7 +70,7 @@ def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
 
 
 class PackedLoader:
-    """Endless batches of packed conversations; the order is a pure function of (seed, epoch, data)."""
+    """Endless batches of packed conversations (each rank its part) in an order that (seed, epoch, data) decides."""
 
     def __init__(self, rows: Sequence[Encoded], seq_len: int, batch_size: int, pad_id: int, seed: int):
         self.rows, self.seq_len, self.batch_size, self.pad_id, self.seed = rows, seq_len, batch_size, pad_id, seed
@@ -78,13 +79,14 @@ class PackedLoader:
         self.packs = pack([len(r.ids) for r in rows], seq_len)
         digest = hashlib.sha256(repr([(r.ids, r.trained) for r in rows]).encode())
         self.fingerprint = "sha256:" + digest.hexdigest()
+        self.part = part(batch_size)
         self.epoch = self.index = 0
 
     def __iter__(self) -> "PackedLoader":
         return self
 
     def __next__(self) -> Batch:
-        return self.batch([self._next_pack() for _ in range(self.batch_size)])
+        return self.batch([self._next_pack() for _ in range(self.batch_size)][self.part])
 
     def batch(self, packs: Sequence[Sequence[int]]) -> Batch:
         """The packs as one batch: padding is its own last id, trained nowhere and seen by nobody."""

@@ -8,6 +8,7 @@ from typing import Any
 from puna.config import Config, load_config, nearest, nearest_path, read_yaml
 from puna.errors import UsageError
 from puna.log import log, setup_logging
+from puna.ranks import rank, ranks
 from puna.train.run_report import write_run_report
 
 RECIPES = {
@@ -84,13 +85,20 @@ def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any
     if not log.handlers:
         setup_logging()
     settings: Any = config if isinstance(config, Config) else load(recipe, config, overrides)
+    check_ranks(recipe, ranks())
     folder = settings.output
     try:
         return _module(recipe).main(settings)
     finally:  # also when a signal, or a kill the last time, came between the run's end and this page
-        ended = all((folder / name).exists() for name in ("result.json", "final"))
+        ended = rank() == 0 and all((folder / name).exists() for name in ("result.json", "final"))
         if ended and not (folder / "report.html").exists():
             log.info("report: %s", write_run_report(folder))
+
+
+def check_ranks(recipe: str, count: int) -> None:
+    """Raise UsageError if `recipe` does not work as `count` ranks."""
+    if count > 1 and recipe not in ("pretrain", "sft"):
+        raise UsageError(f"`{recipe}` runs in one process", fix="without --nproc or torchrun")
 
 
 def _module(recipe: str) -> Any:

@@ -14,7 +14,10 @@ from puna.config import Config as BaseConfig
 from puna.config import RecipeConfig, UserPath
 from puna.data.loader import TokenLoader
 from puna.data.shards import Shards, read_index
-from puna.device import calibrate_threads, choose_device, choose_dtype
+from puna.device import choose_device, choose_dtype
+from puna.dist.collectives import from_first, on_first
+from puna.dist.fsdp import shard
+from puna.dist.shared import shared_run, stop_together, use_threads
 from puna.errors import UsageError
 from puna.eval.perplexity import bits_per_byte
 from puna.files import atomic_folder, write_json
@@ -24,7 +27,7 @@ from puna.model.config import count_parameters
 from puna.model.init import build_model, init_weights, materialize
 from puna.model.presets import ModelChoice, ModelSpec, resolve_model
 from puna.model.transformer import Transformer
-from puna.run_folder import Run, lineage, open_run
+from puna.run_folder import Run, lineage
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.budget import steps_within
 from puna.train.compile import compile_blocks
@@ -54,7 +57,7 @@ class Config(RecipeConfig):
     """A preset (`model=llama3.2-1b`), or a preset with changed values."""
     seq_len: PositiveInt = 256
     batch_size: PositiveInt = 8
-    """Rows of seq_len tokens in a micro-batch: more is faster and takes more memory."""
+    """Rows of seq_len tokens in a micro-batch, over all ranks: more is faster and takes more memory."""
     steps: PositiveInt = 1000
     seconds: PositiveFloat | None = None
     """Instead of steps: ten are measured and `steps` is set so that training takes at most this long, once."""
@@ -71,12 +74,12 @@ def main(config: Config) -> Path:
     if config.seconds and "steps" in config.model_fields_set:
         raise UsageError("steps and seconds are both given", fix="seconds=null, or leave steps out")
     read_index(config.data)  # a wrong path is told before a run folder exists
-    with open_run(config) as run:
+    with shared_run(config) as run:
         device = choose_device(config.device)
-        torch.set_num_threads(run.once("threads", calibrate_threads))
+        use_threads(run)
         tokenizer = Tokenizer(config.data / "tokenizer")
         train, valid = Shards(config.data, "train"), Shards(config.data, "valid")
-        train.verify()
+        from_first(train.verify)
         model = _model(config, tokenizer, device)
         training = config.train.model_copy(update={"optimizer": with_rate(config.train.optimizer, model.config.dim)})
         batches = TokenLoader(train, config.seq_len, config.batch_size, config.seed, config.mixture)
@@ -94,9 +97,9 @@ def main(config: Config) -> Path:
             result["seconds_compiling"] = plan["seconds_compiling"]
         if valid.tokens:
             result["bits_per_byte"] = bits_per_byte(model, valid, config.seq_len, config.batch_size)
-        run.stop.check(f"all steps are saved in {run.folder}, final/ is not written yet")
-        write_json(run.folder / "result.json", result)
-        with atomic_folder(run.final) as folder:
+        stop_together(run, f"all steps are saved in {run.folder}, final/ is not written yet")
+        from_first(write_json, run.folder / "result.json", result)
+        with on_first(atomic_folder(run.final)) as folder:
             save(folder, lineage={**made_from, "metrics": result})
         _report(run, result)
     return config.output
@@ -114,6 +117,7 @@ def _model(config: Config, tokenizer: Tokenizer, device: torch.device) -> Transf
     init_weights(model, config.seed)
     if config.compile:
         compile_blocks(model)
+    shard(model)
     log.info("model: %s parameters, %s", f"{count_parameters(shape):,}", config.model.preset)
     return model
 

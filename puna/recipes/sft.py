@@ -16,7 +16,10 @@ from puna.config import Config as BaseConfig
 from puna.config import RecipeConfig, UserPath
 from puna.data.conversations import ChatSource, given, read_conversations
 from puna.data.packing import PackedLoader, encode_conversations, split_rows
-from puna.device import calibrate_threads, choose_dtype
+from puna.device import choose_dtype
+from puna.dist.collectives import from_first, on_first
+from puna.dist.fsdp import shard
+from puna.dist.shared import shared_run, stop_together, use_threads
 from puna.errors import DataError
 from puna.eval.conversations import mean_loss, replies
 from puna.eval.tasks import TaskConfig, check_tasks, compare, evaluate_tasks
@@ -25,7 +28,8 @@ from puna.infer.llama import Llama, load
 from puna.infer.rehearsal import rehearsal
 from puna.log import clock, harmless, log
 from puna.lora import LoraConfig, add_lora, lora_parameters
-from puna.run_folder import Run, lineage, open_run
+from puna.ranks import rank
+from puna.run_folder import Run, lineage
 from puna.tokenizer.chat import ChatFormat, Encoded, Train, has_template
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.compile import compile_blocks
@@ -92,11 +96,11 @@ class Config(RecipeConfig):
 
 def main(config: Config) -> Path:
     """Train on packed conversations and write `final/`. Run again after an interruption, it goes on."""
-    with open_run(config) as run:
+    with shared_run(config) as run:
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
         tokenizer, rows = encode(config, load_tokenizer(config.model), config.data)
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
-        torch.set_num_threads(run.once("threads", calibrate_threads))
+        use_threads(run)
         base = _load(config)
         llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
         train, valid = split_rows(rows, config.valid_fraction)
@@ -115,12 +119,14 @@ def main(config: Config) -> Path:
             save = partial(save_adapter, model=llama.model, config=config.lora, base=config.model, tokenizer=tokenizer)
         evaluate = partial(_evaluate, run=run, llama=llama, config=config, held_out=held_out)
         before = run.once("judged", partial(_judge, base if has_template(base.tokenizer) else llama, config.judge))
-        if not run.metrics.read():
+        if not from_first(run.metrics.read):
             run.samples.rewind(-1)  # of a start that was cut short
             run.metrics.write(step=0, **evaluate(llama.model, 0))
         if config.compile:
             compile_blocks(llama.model)
-        torch.manual_seed(config.seed)  # of dropout: what was drawn until here differs between a start and a resume
+        shard(llama.model)
+        # Of dropout: what was drawn until here differs between a start and a resume.
+        torch.manual_seed(config.seed + rank())
         saved = partial(save, lineage=made_from)
         state = fit(run, llama.model, batches, next_token, config.train, config.steps, evaluate, saved)
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
@@ -128,9 +134,9 @@ def main(config: Config) -> Path:
         if config.judge.tasks:
             after = _judge(llama, config.judge.model_copy(update={"shots": 0}))
             result["tasks"] = compare(before, after, config.judge)
-        run.stop.check(f"all steps are saved in {run.folder}, final/ is not written yet")
-        write_json(run.folder / "result.json", result)
-        with atomic_folder(run.final) as folder:
+        stop_together(run, f"all steps are saved in {run.folder}, final/ is not written yet")
+        from_first(write_json, run.folder / "result.json", result)
+        with on_first(atomic_folder(run.final)) as folder:
             save(folder, lineage={**made_from, "metrics": result})
     log.info("tuned in %s: %s", clock(state.seconds), run.final)
     return config.output

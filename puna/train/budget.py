@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from puna.dist.fsdp import reshard
 from puna.log import log
 from puna.train.fit import BatchSource, Evaluate, Objective, TrainConfig, train_step
 from puna.train.optim import build_optimizer
@@ -40,6 +41,7 @@ def steps_within(
         times.append(time.perf_counter() - before)
     before = time.perf_counter()
     evaluate(model, 0)
+    reshard(model)
     per_evaluation = time.perf_counter() - before
     with torch.no_grad():
         for name, parameter in model.named_parameters():

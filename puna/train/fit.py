@@ -13,8 +13,11 @@ from torch import nn
 from puna.checkpoint.train_state import TrainState, load_train_state, newest_checkpoint, prune, save_train_state
 from puna.config import Config
 from puna.data.loader import Batch
+from puna.dist.collectives import from_first, largest, total
+from puna.dist.fsdp import reshard, whole
 from puna.errors import DataError
 from puna.log import Progress, log
+from puna.ranks import ranks
 from puna.run_folder import Run
 from puna.train.guard import Guard
 from puna.train.objectives import Loss
@@ -66,7 +69,7 @@ def fit(
 
     Args:
         model: what transforms made of it; its trainable parameters are optimized.
-        batches: micro-batches; a batch knows `n`, its number of trained units.
+        batches: this rank's parts of micro-batches; a batch knows `n`, its number of trained units.
         objective: the sum of the loss over a batch's units; the division is made here, by the step's n.
         evaluate: (model, step) -> metrics of the model as it stands, logged with the step.
         save_model: writes the model into a checkpoint's folder.
@@ -78,10 +81,10 @@ def fit(
     device = next(model.parameters()).device
     optimizer = build_optimizer(model, config.optimizer)
     state = TrainState()
-    if checkpoint := newest_checkpoint(run):
+    if checkpoint := from_first(newest_checkpoint, run):
         state = load_train_state(checkpoint, model, optimizer, batches)
     run.metrics.rewind(state.step)
-    evaluated = {row["step"] for row in run.metrics.read() if "loss" not in row}
+    evaluated = from_first(lambda: {row["step"] for row in run.metrics.read() if "loss" not in row})
     # A validation that a crash cut short is made again, and writes its samples again.
     run.samples.rewind(state.step if state.step in evaluated else state.step - 1)
     guard = Guard(config.skip_budget)
@@ -90,18 +93,22 @@ def fit(
     )
     with Progress("training", steps, state.step) as progress:
         while True:
+            stop = largest(run.stop.signal)  # whichever rank it came to, all stop at the same step
             last = state.step == steps
             due = last or (state.step and state.step % evaluate_every == 0)
-            if due and state.step not in evaluated and not run.stop.signal:
+            if due and state.step not in evaluated and not stop:
                 started = time.perf_counter()
-                metrics = {**evaluate(model, state.step), **_progress(run, batches)}
+                metrics = {**evaluate(model, state.step), **from_first(_progress, run, batches)}
+                reshard(model)
                 if "valid_loss" in metrics and "train_loss" in metrics:
                     metrics["gap"] = metrics["valid_loss"] - metrics["train_loss"]
                 state.seconds += time.perf_counter() - started
                 run.metrics.write(step=state.step, **metrics)
                 told = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
                 log.info("step %d  %s", state.step, told or "nothing is held out to validate on")
-            if run.stop.signal:
+                stop = largest(run.stop.signal)
+            if stop:
+                run.stop.signal = stop
                 save_train_state(run, state, model, optimizer, batches, save_model)
                 run.stop.check(f"step {state.step} of {steps} is saved in {run.folder}")
             if last:
@@ -114,20 +121,23 @@ def fit(
             state.step += 1
             state.tokens += row["n"]
             state.seconds += (took := time.perf_counter() - started)
-            tok_s = sum(batch.size for batch in micro) / took
+            tok_s = ranks() * sum(batch.size for batch in micro) / took
             run.metrics.write(step=state.step, **row, tokens=state.tokens, tok_s=tok_s, seconds=state.seconds)
             progress.update(state.step, f"loss {row['loss']:.3f}  {tok_s:,.0f} tok/s")
             # Saved before it is validated: a crash in between loses a number, which the resumed run makes up for.
             if state.step % save_every == 0 or state.step == steps:
                 save_train_state(run, state, model, optimizer, batches, save_model)
-                prune(run, config.keep)
+                from_first(prune, run, config.keep)
 
 
 def _progress(run: Run, batches: BatchSource) -> dict[str, float]:
     """The mean training loss since the last validation, and the passes made over each source of text."""
     losses: list[float] = []
     for row in run.metrics.read():
-        losses = [*losses, row["loss"]] if "loss" in row else []
+        if "loss" not in row:
+            losses = []
+        elif row["loss"] is not None:  # of a skipped step
+            losses.append(row["loss"])
     passes = {f"epochs.{name}": done for name, done in batches.epochs().items()}
     return passes | ({"train_loss": fmean(losses)} if losses else {})
 
@@ -141,11 +151,11 @@ def train_step(
     clip: float,
     admit: Callable[[float, float], bool],
 ) -> dict[str, Any]:
-    """One optimizer step over the micro-batches: the gradient of their summed loss divided by their summed n.
+    """One optimizer step over the micro-batches of all ranks: the gradient of their summed loss by their summed n.
 
     The weights change only if `admit(loss, gradient norm)`; the gradient is clipped to norm `clip` (0: not).
     """
-    n = sum(batch.n for batch in micro)
+    n = int(*total(sum(batch.n for batch in micro)))
     if n == 0:
         raise DataError("a step has nothing to train", cause="every label of its batches is masked")
     model.train()
@@ -155,9 +165,9 @@ def train_step(
         (loss.sum / n).backward()
         for name, value in {"loss": loss.sum, **loss.metrics}.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
-    row = {name: float(value) / n for name, value in sums.items()}
+    row = {name: value / n for name, value in zip(sums, total(*map(float, sums.values())), strict=True)}
     trained = [p for p in model.parameters() if p.grad is not None]
-    grad_norm = float(nn.utils.clip_grad_norm_(trained, clip or float("inf")))
+    grad_norm = float(whole(nn.utils.clip_grad_norm_(trained, clip or float("inf"))))
     for group in optimizer.param_groups:
         group["lr"] = lr * group["rate"]
     if admit(row["loss"], grad_norm):

@@ -1,0 +1,115 @@
+"""What the ranks of a run tell each other. With one rank every function here hands back what it was given."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from puna.dist.launch import LOST
+from puna.errors import ResourceError, UsageError
+from puna.log import log
+from puna.ranks import local_rank, rank, ranks
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Connect the ranks for the length of the block: NCCL between CUDA devices, one a rank, gloo between CPUs.
+
+    Ends the process with code LOST when another rank is gone: that one, or who started them, tells why.
+
+    Raises:
+        UsageError: `device` names one device for all ranks. ResourceError: fewer devices than ranks.
+    """
+    if ranks() == 1:
+        yield
+        return
+    if ":" in device:
+        raise UsageError(f"device={device} is one device for {ranks()} ranks", fix="device=cuda: each takes its own")
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    if cuda and local_rank() >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ResourceError(f"rank {rank()} has no device: there are {count}", fix=f"--nproc {count}, or device=cpu")
+    if cuda:
+        torch.cuda.set_device(local_rank())
+    # A day: ranks wait while the first one reads a large model; a rank that died is noticed by its closed connection.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
+    log.info("ranks: %d (%s)", ranks(), "nccl" if cuda else "gloo")
+    try:
+        yield
+    except BaseException as error:  # torch's CheckpointException does not derive from Exception
+        if any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
+            log.debug("another rank is gone: %s", error)
+            sys.exit(LOST)
+        raise
+    dist.destroy_process_group()
+
+
+def total(*values: float) -> list[float]:
+    """The sum of each value over all ranks, in fp64."""
+    return list(values) if ranks() == 1 else _reduced(values, dist.ReduceOp.SUM)
+
+
+def largest(value: int) -> int:
+    return value if ranks() == 1 else int(_reduced([value], dist.ReduceOp.MAX)[0])
+
+
+def from_first(function: Callable[..., T], *args: Any) -> T:
+    """What `function(*args)` is on rank 0, on every rank; no other rank calls it."""
+    if ranks() == 1:
+        return function(*args)
+    box = [function(*args) if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def from_each(value: T) -> list[T]:
+    """The value of every rank, by rank."""
+    if ranks() == 1:
+        return [value]
+    box: list[Any] = [None] * ranks()
+    dist.all_gather_object(box, value)
+    return box
+
+
+@contextlib.contextmanager
+def on_first(context: contextlib.AbstractContextManager[T]) -> Iterator[T]:
+    """Rank 0 enters `context`, every rank gets what it yields, and rank 0 leaves it when all are done with it."""
+    if ranks() == 1:
+        with context as value:
+            yield value
+    elif rank() == 0:
+        with context as value:
+            yield from_first(lambda: value)
+            dist.barrier()
+        dist.barrier()  # what leaving does, a rename, is seen by all who go on
+    else:
+        yield from_first(lambda: None)  # type: ignore[misc]
+        dist.barrier()
+        dist.barrier()
+
+
+def part(rows: int) -> slice:
+    """This rank's part of a batch of `rows`.
+
+    Raises:
+        UsageError: the ranks cannot have equal parts.
+    """
+    if rows % ranks():
+        near = rows - rows % ranks() or ranks()
+        raise UsageError(
+            f"batch_size={rows} cannot be divided among {ranks()} ranks", fix=f"batch_size={near}, or another --nproc"
+        )
+    each = rows // ranks()
+    return slice(rank() * each, (rank() + 1) * each)
+
+
+def _reduced(values: Any, how: Any) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU: a few numbers, and no device waits for them
+    dist.all_reduce(tensor, how)
+    return tensor.tolist()

@@ -1,0 +1,116 @@
+"""Several ranks are one run: the same losses, any number goes on from what any other saved, all end together."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import dist_ranks
+import pytest
+import torch
+from dist_ranks import CASES, SAVED, STEPS
+
+from puna.config import parse_words
+from puna.dist.collectives import part
+from puna.dist.launch import launch
+from puna.errors import ResourceError, UsageError
+from puna.log import Metrics
+from puna.recipes import run
+
+SCRIPT = str(Path(dist_ranks.__file__))
+CLOCKS = ("seconds", "tok_s")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    found = Metrics(folder / "metrics.jsonl").read()
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in found]
+
+
+def half(run_folder: Path, copy: Path) -> None:
+    """A copy as a crash after the first checkpoint would have left it, before that step was validated."""
+    shutil.copytree(run_folder, copy)
+    shutil.rmtree(copy / f"checkpoints/step-{STEPS}")
+    metrics = Metrics(copy / "metrics.jsonl")
+    kept = [row for row in metrics.read() if row["step"] < SAVED or (row["step"] == SAVED and "loss" in row)]
+    (copy / "metrics.jsonl").unlink()
+    for row in kept:
+        metrics.write(**row)
+
+
+@pytest.fixture(scope="module")
+def both(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case: `one` undisturbed on one rank, `two` on two, `one_then_two` and `two_then_one` from half-way."""
+    folder = tmp_path_factory.mktemp("dist")
+    for case in CASES:
+        dist_ranks.train(case, folder / "one" / case, shards)
+        half(folder / "one" / case, folder / "one_then_two" / case)
+    assert launch(2, [sys.executable, SCRIPT, "all", str(folder), str(shards)]) == 0
+    for case in CASES:
+        half(folder / "two" / case, folder / "two_then_one" / case)
+        dist_ranks.train(case, folder / "two_then_one" / case, shards)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_two_ranks_are_those_of_one(case: str, both: Path, shards: Path) -> None:
+    """FSDP averages over ranks by default, and ranks whose n differ make an average of averages; fp64 shows it."""
+    ours = torch.load(both / f"{case}.pt", weights_only=True)
+    theirs = dist_ranks.gradients(case, shards)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("how", ["two", "one_then_two", "two_then_one"])
+def test_losses_are_those_of_one_rank(how: str, case: str, both: Path) -> None:
+    """Other rows, a stale gathered weight after a validation, moments of the wrong part: each shows in some step."""
+    ours, theirs = rows(both / how / case), rows(both / "one" / case)
+    assert len(theirs) == STEPS + STEPS // 5
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(expected, rel=1e-10, abs=1e-12)
+
+
+WORDS = [
+    "run", "pretrain", "steps=12", "seq_len=32", "batch_size=4", "dtype=fp32", "train.accumulate=2",
+    "samples.prompts=[]", "train.save_every=4", "train.evaluate_every=6",
+    'model={"dim":32,"n_layers":2,"n_heads":2,"n_kv_heads":1,"head_dim":16,"ffn_dim":48}',
+]  # fmt: skip
+
+
+def test_a_rank_that_fails_ends_all(shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A full disk on rank 0, rank 1 killed, a signal to rank 1 alone: no rank hangs, nothing is half written."""
+    words = [*WORDS, f"data={shards}", f"output={tmp_path / 'run'}"]
+
+    def faulty(fault: str) -> tuple[int, list[str]]:
+        code = launch(2, [sys.executable, SCRIPT, fault, *words])
+        return code, sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir() if not p.name.startswith("."))
+
+    assert faulty("full") == (6, ["step-4"])
+    assert capfd.readouterr().err.count("puna: ") == 1
+    with pytest.raises(ResourceError, match="rank 1 of 2 was killed by signal 9"):
+        faulty("kill")
+    assert "puna: " not in capfd.readouterr().err
+    # Goes on from step 4. The weights that the validation gathered are parts again when step 6 is saved.
+    assert faulty("stop") == (143, ["step-4", "step-6"])
+    assert capfd.readouterr().err.count("puna: ") == 1
+    given = parse_words(words[2:])
+    run("pretrain", **given)
+    whole = run("pretrain", **{**given, "output": tmp_path / "whole"})
+    losses = [[row["loss"] for row in rows(folder) if "loss" in row] for folder in (tmp_path / "run", whole)]
+    assert len(losses[0]) == 12
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_unequal_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank with a row less than the others would train on other rows than one rank does."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    taken = []
+    for number in range(3):
+        monkeypatch.setenv("RANK", str(number))
+        taken += range(6)[part(6)]
+    assert taken == list(range(6))
+    with pytest.raises(UsageError, match="batch_size=4 cannot be divided among 3 ranks"):
+        part(4)
