@@ -36,12 +36,14 @@ def compare(
     unit: str = "tokens",
     loss_within: float = 1e-2,
     reference: Side | None = None,
-) -> None:
-    """Print a row for each side, the best of the peers (all but the first), and the ratio to it.
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Print a row for each side and its ratio to the best of the peers (all but the first); units/s of each.
 
     Args:
         units: what one step processes.
         loss_within: how far the losses of the first step may lie apart before the work is not the same.
+        device: whose memory is meant: the process's on a CPU, the allocator's on a CUDA device.
         reference: the same work in fp32; with it, the first side's gradients have to be as close to it as a peer's.
     """
     workers = {name: _Worker(side) for name, side in sides.items()}
@@ -57,15 +59,18 @@ def compare(
             times[name].append(worker.step()[0])
     ours, *peers = sides
     best = min(peers, key=lambda name: statistics.median(times[name])) if peers else ours
+    speeds = {}
     print(f"{'':24} {unit + '/s':>10} {'ratio':>7} {'peak GB':>8} {'first step s':>13} {'loss':>9}")
     for name, worker in workers.items():
         ratios = [b / a for a, b in zip(times[name], times[best], strict=True)]
         speed = units / statistics.median(times[name])
-        peak, (began, loss) = worker.peak(), first[name]
+        peak, (began, loss) = worker.peak(device), first[name]
+        speeds[name] = speed
         print(f"{name:24} {speed:10.1f} {statistics.median(ratios):7.2f} {peak:8.2f} {began:13.1f} {loss:9.4f}")
     print(f"ratio: to {best}, median of {rounds} turns; {os.cpu_count()} cores")
     for worker in workers.values():
         worker.end()
+    return speeds
 
 
 def _check_gradients(workers: dict[str, "_Worker"], reference: Side) -> None:
@@ -104,9 +109,9 @@ class _Worker:
 
         return {name: torch.from_numpy(value) for name, value in self._ask("gradients").items()}
 
-    def peak(self) -> float:
+    def peak(self, device: str) -> float:
         """GB this process ever held."""
-        return self._ask("peak")
+        return self._ask("peak on a card" if device.startswith("cuda") else "peak")
 
     def end(self) -> None:
         self.pipe.send("end")
@@ -131,6 +136,8 @@ def _serve(side: Side, pipe: Any) -> None:
         if asked == "peak":
             scale = 1e9 if sys.platform == "darwin" else 1e6
             pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale)
+        elif asked == "peak on a card":
+            pipe.send(torch.cuda.max_memory_allocated() / 1e9)
         elif asked == "gradients":
             assert work.gradients is not None
             pipe.send({name: value.float().numpy() for name, value in work.gradients().items()})
