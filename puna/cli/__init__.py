@@ -6,7 +6,7 @@ import traceback
 import typer
 
 from puna import __version__
-from puna.cli import chat, configs, evaluate, look, models, quickstart
+from puna.cli import chat, configs, doctor, evaluate, look, models, quickstart
 from puna.errors import PunaError
 from puna.files import DISK_FULL
 from puna.log import setup_logging
@@ -24,6 +24,7 @@ models.register(app)
 chat.register(app)
 evaluate.register(app)
 look.register(app)
+doctor.register(app)
 quickstart.register(app)
 _GLOBAL = {"-v", "--verbose", "-q", "--quiet"}
 
