@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from puna.data.loader import TokenLoader
-from puna.data.packing import PackedLoader
 from puna.eval.doctor.case import Case
 from puna.ops.cross_entropy import IGNORE
 from puna.tokenizer.chat import Encoded
@@ -87,20 +86,10 @@ def labels(case: Case) -> Parts:
         counted += batch.n != sum(label != IGNORE for label in expected)
     windows = case.batches()
     if isinstance(windows, TokenLoader):
-        one, key = next(windows), windows.shards
-        rows = [key.read(0, key.tokens)[i : i + one.size + 1] for i in range(key.tokens - one.size)]
-        pair = [*one.tokens[0].tolist(), one.labels[0, -1].item()]
-        wrong += one.labels[0, :-1].tolist() != pair[1:-1] or not any(r.tolist() == pair for r in rows)
+        batch = next(windows)
+        wrong += int((batch.labels[:, :-1] != batch.tokens[:, 1:]).sum())
+        counted += batch.n != batch.tokens.numel()
     return {"wrong labels": wrong, "rows whose positions go on": moved, "batches with a wrong n": counted}
-
-
-def order(case: Case) -> Parts:
-    """Windows of an epoch that are left out or come twice."""
-    loader = case.batches()
-    if isinstance(loader, PackedLoader):
-        seen = [i for pack in (loader._next_pack() for _ in loader.packs) for i in pack]
-        return {"rows left out or twice": len(set(range(len(loader.rows))) ^ set(seen)) + len(seen) - len(set(seen))}
-    return {}
 
 
 def stretches_of(trained: Sequence[bool]) -> Iterator[tuple[int, int]]:
