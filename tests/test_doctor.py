@@ -128,6 +128,16 @@ def test_an_adapter_is_examined_as_it_is(model: Path, rows: Path, tmp_path: Path
     assert (case.model(case.long) - plain.model(case.long)).abs().max() > 0.01
 
 
+def test_stop_ids_survive_saving(model: Path, rows: Path, tmp_path: Path) -> None:
+    """Instruct models list stop ids in generation_config.json alone; saved without them they talk on."""
+    more = shutil.copytree(model, tmp_path / "more")
+    values = json.loads((more / "generation_config.json").read_text())
+    values["eos_token_id"].append(7)
+    (more / "generation_config.json").write_text(json.dumps(values))
+    (finding,) = diagnose(open_case(more, rows, tmp_path), ["reload"])
+    assert finding.ok, finding
+
+
 def test_a_check_that_breaks_has_failed(model: Path, rows: Path, tmp_path: Path) -> None:
     """NaN in a weight passes every `difference > tolerance`; an exception must not end the report."""
     case = open_case(model, rows, tmp_path)

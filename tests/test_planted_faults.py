@@ -4,6 +4,7 @@ The fault is put into the product's own code; the check that is named has to fai
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ Function = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def patients(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """(model, data) of each kind: chat rows, plain text, a GGUF, a config.json that leaves rope_theta out."""
+    """(model, data) of each kind: chat rows, plain text, a GGUF, a config.json without rope_theta, more stop ids."""
     folder, tokenizer = tmp_path_factory.mktemp("patients"), Tokenizer(tokenizer_folder)
     rows = [
         [f"How many llamas are {i} and {i}?" + " Please." * (i % 4), f"{2 * i} llamas" + " graze" * (i % 5) + "."]
@@ -58,12 +59,16 @@ def patients(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     config = json.loads((folder / "untied" / "config.json").read_text())
     del config["rope_theta"]
     (folder / "untied" / "config.json").write_text(json.dumps(config))
+    stops = shutil.copytree(folder / "model", folder / "more stops") / "generation_config.json"
+    values = json.loads(stops.read_text())
+    stops.write_text(json.dumps({**values, "eos_token_id": [*values["eos_token_id"], 7]}))
     size = len(vocabulary()["tokenizer.ggml.tokens"])
     tiny(folder / "m.gguf", build(ModelConfig(**{**BASE, **SHAPE, "vocab_size": size})))
     return {
         "chat": (folder / "model", folder / "rows.jsonl"),
         "text": (folder / "model", folder / "text.txt"),
         "no theta": (folder / "untied", folder / "text.txt"),
+        "more stops": (folder / "more stops", folder / "text.txt"),
         "gguf": (folder / "m.gguf", folder / "text.txt"),
     }
 
@@ -277,8 +282,12 @@ FAULTS = {
         "adapter"),
     "model rounded to bf16 when saved": Fault("fp32 was asked for, bf16 is on disk",
         model_directory, "save_model",
-        lambda sound: lambda folder, model, tokenizer, dtype, lineage: sound(folder, model, tokenizer, "bf16", lineage),
+        lambda sound: lambda folder, model, tokenizer, dtype, *rest: sound(folder, model, tokenizer, "bf16", *rest),
         "reload"),
+    "stop ids lost when saved": Fault("a merged model talks on where its base stopped",
+        model_directory, "write_json",
+        lambda sound: lambda path, values: sound(path, {k: v[:1] if k == "eos_token_id" and isinstance(v, list) else v
+                                                        for k, v in values.items()}), "reload", "more stops"),
     "a tied head loaded as its own": Fault("embedding and head drift apart in training",
         model_directory, "load_model", untied, "reload"),
 }  # fmt: skip
