@@ -83,7 +83,7 @@ OPTIMIZERS = {
 }
 CHECKED = {c.name: c for c in CHECKS}
 LEFT_OUT = ("round-trip", "control", "bos", "mask", "stop", "prompt", "labels", "positions", "clipping", "decay",
-            "resume", "resume-all", "generation")  # fmt: skip
+            "resume", "resume-all")  # fmt: skip
 COLUMNS: dict[str, Check] = {n: c for n, c in CHECKED.items() if n not in LEFT_OUT} | OPTIMIZERS
 
 
@@ -103,7 +103,8 @@ def patients(folder: Path) -> Iterator[tuple[str, Case]]:
             save_model(target, model, tokenizer, "fp32", {})
         if row.adapter:
             _adapter(model, tokenizer, place)
-        case = open_case(place / ("adapter" if row.adapter else "model"), data, place, dtype=row.dtype)
+        (place / "scratch").mkdir()
+        case = open_case(place / ("adapter" if row.adapter else "model"), data, place / "scratch", dtype=row.dtype)
         if row.compiled:
             _compile(case)
         yield name, case
@@ -118,7 +119,9 @@ def measured(row: str, case: Case) -> dict[str, str]:
             continue
         (finding,) = diagnose(case, checks=[dataclasses.replace(check, applies=lambda case: True)])
         number = "exact" if finding.difference == 0 else f"{finding.difference:.0e}"
-        told[name] = number if finding.ok else f"FAIL {number} {finding.error[:60]}"
+        told[name] = number if finding.ok else f"FAIL {number}"
+        if finding.error:
+            log.warning("%s, %s: %s", row, name, finding.error)
     return told
 
 

@@ -4,14 +4,12 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-import pytest
-
 from puna.eval.doctor.diagnose import CHECKS
 from puna.model.config import ModelConfig
 from puna.train.optim import OptimizerConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
-support = pytest.importorskip("support")
+import support
 
 
 def test_the_page_has_every_capability() -> None:
