@@ -68,8 +68,8 @@ def clipping(case: Case) -> Parts:
 
 def packing(case: Case) -> Parts:
     """Texts that share a row against the same texts alone: logits, loss, gradients."""
-    loader = case.packed()
     row, ours = case.packed_gradients
+    loader = case.packed(max(len(row.ids) for row in case.windows))
     alone = [loader.batch([[i]]) for i in range(len(loader.rows))]
     single, theirs = case.gradients(alone)
     return {
