@@ -1,6 +1,7 @@
 """The model directory: Hugging Face's layout plus lineage, opened by transformers, vLLM and llama.cpp as it is."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ _INDEX = "model.safetensors.index.json"
 
 
 def save_model(
-    folder: Path, model: Transformer, tokenizer: Tokenizer, save_dtype: str, lineage: dict[str, Any]
-) -> None:
+    folder: Path, model: Transformer, tokenizer: Tokenizer, save_dtype: str, lineage: dict[str, Any],
+    stop_ids: Sequence[int] = (),
+) -> None:  # fmt: skip
     """Write weights, configs, tokenizer and lineage into an existing (temporary) folder; rank 0 of all ranks writes.
 
     Args:
         save_dtype: fp32, bf16, fp16 or fp64: what the weights are stored in.
         lineage: what this model was made from: recipe, parents, data fingerprint, metrics.
+        stop_ids: beyond the tokenizer's own, what the directory it came from listed.
     """
     dtype = DTYPES[save_dtype]
     tied = model.config.tie_embeddings
@@ -40,7 +43,8 @@ def save_model(
     _save_tensors(folder, tensors)
     config = to_hf_config(model.config, dtype, tokenizer.bos_id, tokenizer.eos_id)
     write_json(folder / "config.json", config)
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.stop_ids, "do_sample": True}
+    stops = list(dict.fromkeys([*tokenizer.stop_ids, *stop_ids]))
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "do_sample": True}
     write_json(folder / "generation_config.json", generation)
     tokenizer.save(folder)
     write_json(folder / "puna.json", {**lineage, "tokenizer": tokenizer.fingerprint})

@@ -71,7 +71,8 @@ class Llama:
     def save(self, path: str | Path, dtype: str = "bf16") -> None:
         """Write a model directory that transformers, vLLM and llama.cpp's converter open."""
         with atomic_folder(Path(path)) as folder:
-            save_model(folder, self.model, self.tokenizer, dtype, {"format": 1, "parents": [str(self.path)]})
+            lineage = {"format": 1, "parents": [str(self.path)]}
+            save_model(folder, self.model, self.tokenizer, dtype, lineage, self.stop_ids)
 
 
 def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:

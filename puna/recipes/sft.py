@@ -115,6 +115,7 @@ def main(config: Config) -> Path:
         held_out = {name: packed(rows, seed=0) for name, rows in named.items() if rows}
         made_from = lineage(config, data=batches.fingerprint, parents=[config.model])
         save: Any = partial(save_model, model=llama.model, save_dtype=config.save_dtype, tokenizer=tokenizer)
+        save = partial(save, stop_ids=llama.stop_ids)
         if config.lora:
             save = partial(save_adapter, model=llama.model, config=config.lora, base=config.model, tokenizer=tokenizer)
         evaluate = partial(_evaluate, run=run, llama=llama, config=config, held_out=held_out)
