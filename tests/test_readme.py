@@ -23,9 +23,9 @@ RUN: dict[str, list[str]] = {
     'puna generate runs/pretrain -p "It was a dark and"': ["--max-tokens", "2"],
     "puna ls": [],
     "puna cat pretrain": [],
-    "puna cp quickstart/pretrain mine.yaml": [],
-    "puna validate mine.yaml seconds=600": [],
-    "puna run pretrain --config mine.yaml data=runs/data output=runs/mine model=cria-15m": ["seconds=null", *TINY],
+    "puna cp pretrain mine.yaml": [],
+    "puna validate mine.yaml steps=600": [],
+    "puna run pretrain --config mine.yaml data=runs/data output=runs/mine model=cria-15m": TINY,
     "puna runs show runs/mine": [],
     "puna run sft model=smollm2-135m data.path=rows.jsonl steps=100": [*TUNE, "steps=1", "seq_len=64"],
     "puna chat runs/sft": ["--max-tokens", "2"],
@@ -39,6 +39,9 @@ RUN: dict[str, list[str]] = {
     "puna data stats runs/data": [],
     'puna tokenizer encode runs/tokenizer "text"': [],
     "puna inspect runs/pretrain": [],
+    "puna verify runs/pretrain": [],
+    "puna doctor": [],
+    "puna run pretrain --nproc 2": [*TINY, "output=runs/two"],
 }
 # (file, the line in it that runs the command)
 ELSEWHERE = {
@@ -46,6 +49,7 @@ ELSEWHERE = {
     "make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu": ("Makefile", "$(INDEX) '$(TORCH)'"),
     "make test": ("Makefile", "$(MAKE) --no-print-directory test"),
     "puna quickstart --acts 1": (".ci/wheel", "puna quickstart --acts 1"),
+    "puna doctor smollm2-135m --data rows.jsonl": ("tests/test_doctor.py", '["doctor", str(m), "--data", str(rows)'),
     "puna chat smollm2-135m": ("tests/test_gguf.py", 'load("smollm2-135m"'),
     "python bench/lora.py": ("tests/test_readme.py", '"bench/lora.py", "--help"'),
 }
@@ -93,6 +97,6 @@ def test_the_readme_runs(tmp_path: Path, texts: Path) -> None:
     printed = {command: done.stdout for command, done in zip(RUN, answers, strict=True)}
     silent = {command for command, text in printed.items() if not text}
     assert silent == {command for command in RUN if command.startswith("puna run ")}
-    assert "seconds: 600" in printed["puna validate mine.yaml seconds=600"]
+    assert "steps: 600" in printed["puna validate mine.yaml steps=600"]
     assert "[[345<|eot_id|>]]" in printed["puna data show tune.yaml"]
     assert "bits_per_byte" in printed["puna eval my-model --text held_out.txt"]

@@ -57,8 +57,9 @@ class TokenLoader:
         for name in self.mixture:
             if name not in names:
                 raise DataError(
-                    f"mixture: no source `{name}`" + nearest(name, names), where=shards.folder, fix=", ".join(names)
-                )
+                    f"mixture: no source `{name}`" + nearest(name, names), where=shards.folder,
+                    fix=f"mixture={{}}, or its sources: {', '.join(names)}",
+                )  # fmt: skip
         # Without a mixture windows may run from one source into the next, as they do between documents.
         self._stretches = shards.sources if self.mixture else [("", shards.tokens)]
         if shards.tokens < 2 * seq_len + 1 or not self._quotas():
