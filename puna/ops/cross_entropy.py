@@ -25,12 +25,13 @@ def linear_cross_entropy_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -
     return F.cross_entropy(logits.to(wide), labels, ignore_index=IGNORE, reduction="sum")
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 512) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
     """`linear_cross_entropy_eager` with memory for `chunk` rows of logits instead of N.
 
     The gradient of a sum of cross-entropies is known as soon as the logits are (softmax - one-hot), so the forward
     makes it chunk by chunk and the logits are never kept: at 128k ids they are the largest tensor of training.
     """
+    chunk = chunk or (512 if weight.requires_grad else 256)  # each chunk of a trained weight passes over its gradient
     trained = labels != IGNORE
     if not trained.all():  # prompts of chat rows, padding: their logits would be thrown away
         hidden, labels = hidden[trained], labels[trained]
