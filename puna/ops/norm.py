@@ -27,7 +27,17 @@ def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm_eager` without its fp32 copies of x, which autograd would keep for every layer."""
+    if not torch.is_grad_enabled():  # a token of generation is hundreds of small calls; `apply` costs as much as two
+        return _normalized(x, weight, eps)[0]
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
+
+
+def _normalized(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result and 1 / rms(x), (..., 1) in fp32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()
+    scale = torch.rsqrt(square / x.shape[-1] + eps)
+    return (x * scale).to(x.dtype) * weight.to(x.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -35,11 +45,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()
-        scale = torch.rsqrt(square / x.shape[-1] + eps)
+        out, scale = _normalized(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).to(x.dtype) * weight.to(x.dtype)
+        return out
 
     @staticmethod
     @once_differentiable
