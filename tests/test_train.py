@@ -11,6 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,6 +141,16 @@ def test_a_validation_lost_in_a_crash_is_made_up_for(shards: Path, finished: Pat
     (copy / "metrics.jsonl").write_text("".join(lines[:-1]))
     pretrain(copy, shards, **SAVING)
     assert rows(copy) == rows(finished)
+
+
+def test_the_gap_is_to_the_last_ten_steps(finished: Path) -> None:
+    """The mean since the last validation was of older weights: the gap showed how fast it learns."""
+    trained = [loss for _, loss in losses(finished)]
+    validated = [row for row in rows(finished) if "valid_loss" in row]
+    assert [row["step"] for row in validated] == [3, 6, 9, 12]
+    for row in validated:
+        assert row["train_loss"] == fmean(trained[max(0, row["step"] - 10) : row["step"]])
+        assert row["gap"] == row["valid_loss"] - row["train_loss"]
 
 
 COMMAND = [
