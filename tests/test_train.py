@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -151,6 +152,15 @@ def test_the_gap_is_to_the_last_ten_steps(finished: Path) -> None:
     for row in validated:
         assert row["train_loss"] == fmean(trained[max(0, row["step"] - 10) : row["step"]])
         assert row["gap"] == row["valid_loss"] - row["train_loss"]
+
+
+def test_the_report_of_a_pretraining(finished: Path) -> None:
+    """Its validation loss was shown as that of conversations, "before" being some hundred steps in."""
+    page = (finished / "report.html").read_text()
+    titles = re.findall(r"<h2 id=[^>]+>([^<]+)", page)
+    assert titles[:4] == ["Training and validation loss", "At the last validation", "Held-out text", "Speed"]
+    assert "onversations" not in page
+    assert all(told in page for told in ("gap: validation less training", "passes over text", "bits per byte"))
 
 
 COMMAND = [
