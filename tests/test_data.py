@@ -211,3 +211,10 @@ def test_a_mixture_of_shards_without_sources(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="older puna wrote them"):
         TokenLoader(shards, 10, 1, seed=3, mixture={"kjv": 0.5})
     assert TokenLoader(shards, 10, 1, seed=3).epochs() == {"text": 0.0}
+
+
+def test_a_wrong_mixture_is_told_before_a_run_is_made(shards: Path, tmp_path: Path) -> None:
+    """It was told after the model was built, in a run folder that then held the wrong config."""
+    with pytest.raises(DataError, match="no source `kjv`"):
+        run("pretrain", output=tmp_path / "run", data=shards, mixture={"kjv": 0.5})
+    assert not (tmp_path / "run").exists()
