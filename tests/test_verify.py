@@ -91,6 +91,28 @@ def test_verify_on_the_command_line(finished: Path, shards: Path, tokenizer_fold
     assert all(row["files"] > 5 and row["bytes"] > 1000 for row in rows)
 
 
+def test_verify_of_a_folder_of_several(finished: Path, shards: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """What the quickstart leaves is not one thing but six: "puna did not make it"."""
+    for name, source in {"pretrain": finished, "data": shards, "tokenizer": tokenizer_folder}.items():
+        shutil.copytree(source, tmp_path / "all" / name)
+    (tmp_path / "all/notes").mkdir()
+    shutil.copytree(tmp_path / "all", tmp_path / "lost")
+    (tmp_path / "lost/tokenizer" / MANIFEST).unlink()  # what cannot be compared must not go unsaid
+    shutil.copytree(tmp_path / "lost", tmp_path / "both")
+    flip(tmp_path / "both/pretrain/final/model.safetensors", 1000)
+    expected = {
+        "all": (0, ""),
+        "lost": (3, "1 of 5 damaged: lost/tokenizer"),
+        "both": (4, "2 of 5 damaged: both/pretrain/final, both/tokenizer"),
+        "all/notes": (4, "puna did not make it"),
+    }
+    answers = verified(tmp_path, *expected)
+    for (code, said), done in zip(expected.values(), answers, strict=True):
+        assert done.returncode == code, done.stderr
+        assert said in done.stderr
+    assert answers[0].stdout.count("ok ") == 5
+
+
 def test_verify_of_a_single_file(finished: Path, tmp_path: Path) -> None:
     """A download that broke off has tensors beyond its end; a file of no known kind is not said to be whole."""
     whole = (finished / "final/model.safetensors").read_bytes()
