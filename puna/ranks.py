@@ -2,6 +2,8 @@
 
 import os
 
+from puna.errors import UsageError
+
 
 def ranks() -> int:
     """Processes that train together; 1 outside of torchrun and `--nproc`."""
@@ -21,3 +23,17 @@ def local_ranks() -> int:
 def local_rank() -> int:
     """This process among `local_ranks()`: the number of its device."""
     return int(os.environ.get("LOCAL_RANK", "0")) if ranks() > 1 else 0
+
+
+def rows_each(rows: int, count: int) -> int:
+    """Of a batch of `rows`, how many each of `count` ranks has.
+
+    Raises:
+        UsageError: they cannot have equal parts.
+    """
+    if rows % count:
+        near = rows - rows % count or count
+        raise UsageError(
+            f"batch_size={rows} cannot be divided among {count} ranks", fix=f"batch_size={near}, or another --nproc"
+        )
+    return rows // count

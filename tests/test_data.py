@@ -146,12 +146,12 @@ def test_interrupted_encoding_leaves_nothing(texts: Path, tokenizer_folder: Path
     assert [p.name for p in tmp_path.iterdir()] == ["texts"]
 
 
-def two_sources(folder: Path) -> Shards:
-    """60 documents of ids below 500 from one source, then 30 of ids above from another."""
+def two_sources(folder: Path, kjv: int = 60, plays: int = 30) -> Shards:
+    """Documents of 20 ids below 500 from one source, then documents of ids above from another."""
     folder.mkdir()
     writer = ShardWriter(folder, "train", 1000)
-    for number in range(90):
-        bible = number < 60
+    for number in range(kjv + plays):
+        bible = number < kjv
         writer.add([number if bible else 500 + number] * 20, f"{'kjv' if bible else 'plays'}/{number}", 40)
     write_index(folder, [writer], "sha256:none")
     return Shards(folder, "train")
@@ -163,17 +163,19 @@ def test_mixture(tmp_path: Path) -> None:
     assert shards.sources == [("kjv", 1200), ("plays", 600)]
     mixture = {"kjv": 0.25, "plays": 2.0}
     loader = TokenLoader(shards, 10, 1, seed=3, mixture=mixture)
-    rows = [next(loader).tokens[0].tolist() for _ in range(147)]
+    rows = [next(loader).tokens[0].tolist() for _ in range(148)]
     assert loader.state_dict()["epoch"] == 1
     plays = [row for row in rows if row[0] >= 500]
     assert len(plays) == 2 * 59  # of 59 windows in 600 ids cut at an offset
-    assert len(rows) - len(plays) == 29
+    assert len(rows) - len(plays) == 30  # a quarter of 119
     assert all((min(row) >= 500) == (max(row) >= 500) for row in rows)
     assert all(plays.count(row) % 2 == 0 for row in plays)  # two whole passes, not draws with replacement
-    assert loader.epochs() == {"kjv": 0.25, "plays": 2.0}
+    assert loader.epochs() == {"kjv": 30 / 119, "plays": 2.0}
+    next(loader)
+    assert loader.epochs() == pytest.approx({"kjv": (1 + 1 / 148) * 30 / 119, "plays": 2 + 2 / 148}, abs=1e-3)
     again = TokenLoader(shards, 10, 1, seed=3, mixture=mixture)
     again.load_state_dict({**loader.state_dict(), "epoch": 0, "index": 40})
-    assert [next(again).tokens[0].tolist() for _ in range(107)] == rows[40:]
+    assert [next(again).tokens[0].tolist() for _ in range(108)] == rows[40:]
     with pytest.raises(DataError, match="did you mean `plays`"):
         TokenLoader(shards, 10, 1, seed=3, mixture={"play": 1.0})
 
@@ -185,3 +187,34 @@ def test_an_unmixed_loader_reads_across_sources(tmp_path: Path) -> None:
     assert len(starts) == 179
     assert loader.state_dict()["epoch"] == 1
     assert loader.epochs() == {"kjv": 1.0, "plays": 1.0}
+
+
+def test_every_epoch_of_a_mixture_has_windows(tmp_path: Path) -> None:
+    """A share below one window drew none, and a later epoch's offset could leave nothing at all: next() never ended."""
+    shards = two_sources(tmp_path / "s", kjv=2, plays=1)  # 3 windows of 10 ids, and 1
+    loader = TokenLoader(shards, 10, 1, seed=3, mixture={"kjv": 0.01, "plays": 0.01})
+    seen = [int(next(loader).tokens[0, 0]) >= 500 for _ in range(100)]
+    assert loader.state_dict() == {"epoch": 50, "index": 0, "data": shards.fingerprint}
+    assert sum(seen) == 50
+    assert loader.epochs() == pytest.approx({"kjv": 50 / 3, "plays": 50.0})
+    with pytest.raises(DataError, match="`plays` has 20 tokens in a row, too few"):
+        TokenLoader(shards, 11, 1, seed=3, mixture={"plays": 1.0})
+
+
+def test_a_mixture_of_shards_without_sources(tmp_path: Path) -> None:
+    """Shards of an older version: "no source `kjv`" in a folder that was made from it."""
+    two_sources(tmp_path / "s")
+    index = json.loads((tmp_path / "s/index.json").read_text())
+    del index["splits"]["train"]["sources"]
+    (tmp_path / "s/index.json").write_text(json.dumps(index))
+    shards = Shards(tmp_path / "s", "train")
+    with pytest.raises(DataError, match="older puna wrote them"):
+        TokenLoader(shards, 10, 1, seed=3, mixture={"kjv": 0.5})
+    assert TokenLoader(shards, 10, 1, seed=3).epochs() == {"text": 0.0}
+
+
+def test_a_wrong_mixture_is_told_before_a_run_is_made(shards: Path, tmp_path: Path) -> None:
+    """It was told after the model was built, in a run folder that then held the wrong config."""
+    with pytest.raises(DataError, match="no source `kjv`"):
+        run("pretrain", output=tmp_path / "run", data=shards, mixture={"kjv": 0.5})
+    assert not (tmp_path / "run").exists()

@@ -103,8 +103,8 @@ def test_a_rank_that_fails_ends_all(shards: Path, tmp_path: Path, capfd: pytest.
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_unequal_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank with a row less than the others would train on other rows than one rank does."""
+def test_unequal_parts_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A rank with a row less would train on other rows than one rank does; told once the model was loaded, too late."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("WORLD_SIZE", "3")
     taken = []
@@ -112,5 +112,9 @@ def test_unequal_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RANK", str(number))
         taken += range(6)[part(6)]
     assert taken == list(range(6))
-    with pytest.raises(UsageError, match="batch_size=4 cannot be divided among 3 ranks"):
+    refused = "batch_size=4 cannot be divided among 3 ranks"
+    with pytest.raises(UsageError, match=refused):
         part(4)
+    with pytest.raises(UsageError, match=refused):
+        run("sft", output=tmp_path / "run", model="nowhere", batch_size=4)
+    assert not (tmp_path / "run").exists()

@@ -115,6 +115,7 @@ def test_it_learns_and_the_base_is_untouched(base: Path, tuned: Path) -> None:
     """Only adapters are written, and the held-out loss falls."""
     losses = [row["valid_loss"] for row in Metrics(tuned / "metrics.jsonl").read() if "valid_loss" in row]
     assert losses[-1] < losses[0]
+    assert "epochs.conversations" in Metrics(tuned / "metrics.jsonl").read()[-1]
     assert not (tuned / "final/model.safetensors").exists()
     names = load_file(tuned / "final/adapter_model.safetensors")
     assert all(n.startswith("base_model.model.model.layers.") and ".lora_" in n for n in names)
@@ -237,6 +238,7 @@ def test_before_and_after_are_told(base: Path, rows: Path, tmp_path: Path) -> No
     page = (run_folder / "report.html").read_text()
     for told in (
         "Accuracy before and after",
+        "Held-out conversations",
         "Loss before and after",
         "How many &lt;b&gt;llamas",
         f"{base}",

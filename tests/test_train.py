@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,6 +142,25 @@ def test_a_validation_lost_in_a_crash_is_made_up_for(shards: Path, finished: Pat
     (copy / "metrics.jsonl").write_text("".join(lines[:-1]))
     pretrain(copy, shards, **SAVING)
     assert rows(copy) == rows(finished)
+
+
+def test_the_gap_is_to_the_last_ten_steps(finished: Path) -> None:
+    """The mean since the last validation was of older weights: the gap showed how fast it learns."""
+    trained = [loss for _, loss in losses(finished)]
+    validated = [row for row in rows(finished) if "valid_loss" in row]
+    assert [row["step"] for row in validated] == [3, 6, 9, 12]
+    for row in validated:
+        assert row["train_loss"] == fmean(trained[max(0, row["step"] - 10) : row["step"]])
+        assert row["gap"] == row["valid_loss"] - row["train_loss"]
+
+
+def test_the_report_of_a_pretraining(finished: Path) -> None:
+    """Its validation loss was shown as that of conversations, "before" being some hundred steps in."""
+    page = (finished / "report.html").read_text()
+    titles = re.findall(r"<h2 id=[^>]+>([^<]+)", page)
+    assert titles[:4] == ["Training and validation loss", "At the last validation", "Held-out text", "Speed"]
+    assert "onversations" not in page
+    assert all(told in page for told in ("gap: validation less training", "passes over text", "bits per byte"))
 
 
 COMMAND = [

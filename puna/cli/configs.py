@@ -40,7 +40,7 @@ def run(
         from puna.dist.launch import launch
         from puna.recipes import check_ranks
 
-        check_ranks(recipe, nproc)
+        check_ranks(settings, nproc)
         raise typer.Exit(launch(nproc, [sys.executable, "-m", "puna", *sys.argv[1:]]))
     if nproc not in (1, ranks()):
         raise UsageError(f"--nproc {nproc} among {ranks()} ranks that torchrun started", fix="leave --nproc out")

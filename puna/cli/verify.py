@@ -11,6 +11,8 @@ from puna.cli.output import Json, print_json
 from puna.errors import CheckpointError, DataError, PunaError, UsageError
 from puna.files import MANIFEST, damage, read_manifest
 
+_DATA, _MODEL = {"index.json", "tokenizer.json"}, {"config.json", "adapter_config.json"}
+
 
 class Checked(NamedTuple):
     """A folder or file: how much was looked at, by `hashes` or by its `header` alone, and what is wrong with it."""
@@ -35,7 +37,9 @@ def register(app: typer.Typer) -> None:
 def verify(
     path: Annotated[
         Path,
-        typer.Argument(metavar="PATH", help="A run, model, adapter, checkpoint, shard or tokenizer folder, or a file."),
+        typer.Argument(
+            metavar="PATH", help="A run, model, adapter, shard or tokenizer folder, one of several of them, or a file."
+        ),
     ],
     as_json: bool = Json,
 ) -> None:
@@ -47,7 +51,8 @@ def verify(
         for checked in found:
             print("\n".join([checked.line(), *(f"     {wrong}" for wrong in checked.wrong)]))
     if damaged := [checked.path for checked in found if checked.wrong]:
-        raise _kind(path)(
+        kinds = {_kind(Path(place)) for place in damaged}
+        raise (CheckpointError if CheckpointError in kinds else DataError)(
             f"{len(damaged)} of {len(found)} damaged: " + ", ".join(damaged),
             where=path,
             fix="fetch or make it again; a run that is not finished goes on from its newest whole checkpoint by itself",
@@ -55,26 +60,43 @@ def verify(
 
 
 def _places(path: Path) -> list[Path]:
-    """What there is to check at `path`: every checkpoint and the final model of a run, else itself.
+    """What there is to check at `path`: itself, the parts of a run, or all that the folders in it are.
 
     Raises:
         CheckpointError, DataError: nothing there, or nothing to compare it with.
     """
     if not path.exists():
         raise CheckpointError("no such file or folder", where=path, fix="puna runs ls")
-    if path.is_file() or (path / MANIFEST).exists():
+    if path.is_file():
         return [path]
-    if not (path / "resolved.yaml").exists():
-        raise _kind(path)(
-            f"no {MANIFEST}, so nothing tells what its files should be", where=path,
-            cause="puna did not make it, or not to its end; a model from elsewhere has no manifest",
-            fix="compare it with the hashes its publisher names; puna verify FILE.safetensors checks a file's header",
-        )  # fmt: skip
-    steps = [p for p in (path / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
-    places = [*sorted(steps, key=lambda p: int(p.name[5:])), *path.glob("final")]
+    folders = [path]
+    if not _made(path):
+        inside = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not any(map(_made, inside)):
+            raise _kind(path)(
+                f"no {MANIFEST}, so nothing tells what its files should be", where=path,
+                cause="puna did not make it, or not to its end; a model from elsewhere has no manifest",
+                fix="compare it with its publisher's hashes; puna verify FILE.safetensors checks a file's header",
+            )  # fmt: skip
+        # One that lost its manifest beside others is damage, not somebody's notes.
+        folders = [p for p in inside if _made(p) or (_DATA | _MODEL) & {file.name for file in p.iterdir()}]
+    places = [place for folder in folders for place in _parts(folder)]
     if not places:
         raise CheckpointError("nothing is saved in this run yet", where=path, fix=f"puna runs show {path}")
     return places
+
+
+def _made(folder: Path) -> bool:
+    """Whether it is a run, or has a manifest."""
+    return any((folder / name).exists() for name in (MANIFEST, "resolved.yaml"))
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Every checkpoint and the final model of a run; else the folder itself."""
+    if (folder / MANIFEST).exists() or not (folder / "resolved.yaml").exists():
+        return [folder]
+    steps = [p for p in (folder / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    return [*sorted(steps, key=lambda p: int(p.name[5:])), *folder.glob("final")]
 
 
 def _folder(path: Path) -> Checked:
@@ -125,5 +147,4 @@ def _kind(path: Path) -> type[PunaError]:
     names = {p.name for p in path.glob("*")}
     with contextlib.suppress(CheckpointError):
         names |= read_manifest(path).keys()  # the file that tells may be the one that is missing
-    data, model = {"index.json", "tokenizer.json"} & names, {"config.json", "adapter_config.json"} & names
-    return DataError if data and not model else CheckpointError
+    return DataError if _DATA & names and not _MODEL & names else CheckpointError

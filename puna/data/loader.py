@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,15 @@ class Batch:
         return Batch(self.tokens.to(device), self.labels.to(device), self.n, positions, self.documents)
 
 
+class _Draw(NamedTuple):
+    """What an epoch reads of a stretch of one source."""
+
+    source: str
+    drawn: int  # windows; above `windows` some are read again
+    windows: int
+    first: int  # where the first window begins
+
+
 class TokenLoader:
     """Endless batches of windows of seq_len + 1 ids, every window of an epoch once, in shuffled order.
 
@@ -44,7 +53,12 @@ class TokenLoader:
     windows over all ranks, the same ones for any number of them; each rank reads its part.
 
     Args:
-        mixture: passes over a source in an epoch, 1 where none is given: 0.5 draws half of its windows, 2 each twice.
+        mixture: passes over a source in an epoch, 1 where none is given: 0.5 draws half of its windows, 2 each twice,
+            and any share at least one.
+
+    Raises:
+        DataError: too little text for a window, or a mixture of sources that the shards do not have.
+        UsageError: the ranks cannot have equal parts.
     """
 
     def __init__(
@@ -53,20 +67,14 @@ class TokenLoader:
         self.shards, self.seq_len, self.batch_size, self.seed = shards, seq_len, batch_size, seed
         self.mixture, self.part = dict(mixture or {}), part(batch_size)
         self.epoch = self.index = 0
-        names = sorted({name for name, _ in shards.sources})
-        for name in self.mixture:
-            if name not in names:
-                raise DataError(
-                    f"mixture: no source `{name}`" + nearest(name, names), where=shards.folder,
-                    fix=f"mixture={{}}, or its sources: {', '.join(names)}",
-                )  # fmt: skip
         # Without a mixture windows may run from one source into the next, as they do between documents.
         self._stretches = shards.sources if self.mixture else [("", shards.tokens)]
-        if shards.tokens < 2 * seq_len + 1 or not self._quotas():
+        if shards.tokens < 2 * seq_len + 1:
             raise DataError(
                 f"the split has {shards.tokens:,} tokens, too few for windows of seq_len={seq_len}",
                 where=shards.folder, fix="more text, or a smaller seq_len",
             )  # fmt: skip
+        self._check_mixture()
 
     def __iter__(self) -> "TokenLoader":
         return self
@@ -78,9 +86,15 @@ class TokenLoader:
         return Batch(tokens, labels, labels.numel())
 
     def epochs(self) -> dict[str, float]:
-        """Passes made over each source so far."""
-        done = self.epoch + self.index / sum(quota for quota, *_ in self._quotas())
-        return {name: done * self.mixture.get(name, 1.0) for name, _ in self.shards.sources}
+        """Passes made over each source so far: windows drawn by windows there are, not what the mixture asks for."""
+        passes = {name: 0.0 for name, _ in self._stretches}
+        for epoch in range(self.epoch + 1):
+            draws = self._draws(epoch)
+            done = 1.0 if epoch < self.epoch else self.index / sum(d.drawn for d in draws)  # of all sources alike
+            for name in {d.source for d in draws}:
+                ours = [d for d in draws if d.source == name]
+                passes[name] += done * sum(d.drawn for d in ours) / sum(d.windows for d in ours)
+        return {name: passes[name if self.mixture else ""] for name, _ in self.shards.sources}
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "index": self.index, "data": self.shards.fingerprint}
@@ -98,37 +112,59 @@ class TokenLoader:
             )  # fmt: skip
         self.epoch, self.index = state["epoch"], state["index"]
 
+    def _check_mixture(self) -> None:
+        """Raise DataError unless every source named in the mixture has a window in every epoch."""
+        folder, known = self.shards.folder, {name for name, _ in self.shards.sources}
+        if self.mixture and not self.shards.tells_sources:
+            raise DataError(
+                "mixture: these shards do not tell which source a text came from", where=folder,
+                cause="an older puna wrote them",
+                fix="make them again with puna run data: remove the folder, or choose another output=...",
+            )  # fmt: skip
+        for name in self.mixture:
+            if name not in known:
+                raise DataError(
+                    f"mixture: no source `{name}`" + nearest(name, sorted(known)), where=folder,
+                    fix=f"mixture={{}}, or its sources: {', '.join(sorted(known))}",
+                )  # fmt: skip
+            longest = max(tokens for source, tokens in self._stretches if source == name)
+            if longest < 2 * self.seq_len:  # an offset of seq_len - 1, and a window with its last label
+                raise DataError(
+                    f"mixture: `{name}` has {longest:,} tokens in a row, too few for windows of seq_len={self.seq_len}",
+                    where=folder, fix="a smaller seq_len, or leave it out of the mixture",
+                )  # fmt: skip
+
     def _next_start(self) -> int:
-        quotas = self._quotas()
-        count = sum(quota for quota, *_ in quotas)
-        place = permute(self.index, count, self._draw("order"))
-        start = self._start(place, quotas)
+        draws = self._draws(self.epoch)
+        count = sum(d.drawn for d in draws)
+        place = permute(self.index, count, self._key("order"))
+        start = self._start(place, draws)
         self.index += 1
         if self.index == count:
             self.epoch, self.index = self.epoch + 1, 0
         return start
 
-    def _quotas(self) -> list[tuple[int, int, int]]:
-        """Of each stretch with windows in this epoch: how many are drawn, how many there are, where the first is."""
-        offset, begin, quotas = self._draw() % self.seq_len, 0, []
+    def _draws(self, epoch: int) -> list[_Draw]:
+        """Of each stretch with windows in this epoch, how many of them are drawn; never an empty list."""
+        offset, begin, draws = _hash(self.seed, epoch, self.shards.fingerprint) % self.seq_len, 0, []
         for name, tokens in self._stretches:
-            windows = max(0, tokens - 1 - offset) // self.seq_len
-            if drawn := int(windows * self.mixture.get(name, 1.0)):
-                quotas.append((drawn, windows, begin + offset))
+            if windows := max(0, tokens - 1 - offset) // self.seq_len:
+                drawn = max(1, round(windows * self.mixture.get(name, 1.0)))
+                draws.append(_Draw(name, drawn, windows, begin + offset))
             begin += tokens
-        return quotas
+        return draws
 
-    def _start(self, place: int, quotas: list[tuple[int, int, int]]) -> int:
+    def _start(self, place: int, draws: list[_Draw]) -> int:
         """Where the window number `place` of an unshuffled epoch begins."""
-        for number, (drawn, windows, first) in enumerate(quotas):
+        for number, (_, drawn, windows, first) in enumerate(draws):
             if place < drawn:
                 if self.mixture:  # which of its windows, and in another order at each pass
-                    place = permute(place % windows, windows, self._draw(number, place // windows))
+                    place = permute(place % windows, windows, self._key(number, place // windows))
                 return first + place * self.seq_len
             place -= drawn
         raise IndexError(place)
 
-    def _draw(self, *what: object) -> int:
+    def _key(self, *what: object) -> int:
         return _hash(self.seed, self.epoch, self.shards.fingerprint, *what)
 
 

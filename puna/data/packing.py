@@ -107,7 +107,7 @@ class PackedLoader:
 
     def epochs(self) -> dict[str, float]:
         """Passes made over the conversations so far."""
-        return {"text": self.epoch + self.index / len(self.packs)}
+        return {"conversations": self.epoch + self.index / len(self.packs)}
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "index": self.index, "data": self.fingerprint}

@@ -130,6 +130,7 @@ class Shards:
         self.tokens, self.documents, self.bytes = entry["tokens"], entry["documents"], entry["bytes"]
         self.sources = [(s["name"], s["tokens"]) for s in entry.get("sources", [])] or [("text", self.tokens)]
         """(name, tokens) of the stretches the split is made of, in order."""
+        self.tells_sources = "sources" in entry  # shards of older versions do not
         self._hashes = {s["name"]: s["hash"] for s in entry["shards"]}
         self._names = [s["name"] for s in entry["shards"]]
         self._ids = [self._map(s, np.dtype(index["dtype"]).newbyteorder("<")) for s in entry["shards"]]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from puna.dist.launch import LOST
 from puna.errors import ResourceError, UsageError
 from puna.log import log
-from puna.ranks import local_rank, rank, ranks
+from puna.ranks import local_rank, rank, ranks, rows_each
 
 T = TypeVar("T")
 
@@ -100,12 +100,7 @@ def part(rows: int) -> slice:
     Raises:
         UsageError: the ranks cannot have equal parts.
     """
-    if rows % ranks():
-        near = rows - rows % ranks() or ranks()
-        raise UsageError(
-            f"batch_size={rows} cannot be divided among {ranks()} ranks", fix=f"batch_size={near}, or another --nproc"
-        )
-    each = rows // ranks()
+    each = rows_each(rows, ranks())
     return slice(rank() * each, (rank() + 1) * each)
 
 

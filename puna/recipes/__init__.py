@@ -8,7 +8,7 @@ from typing import Any
 from puna.config import Config, load_config, nearest, nearest_path, read_yaml
 from puna.errors import UsageError
 from puna.log import log, setup_logging
-from puna.ranks import rank, ranks
+from puna.ranks import rank, ranks, rows_each
 from puna.train.run_report import write_run_report
 
 RECIPES = {
@@ -85,7 +85,7 @@ def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any
     if not log.handlers:
         setup_logging()
     settings: Any = config if isinstance(config, Config) else load(recipe, config, overrides)
-    check_ranks(recipe, ranks())
+    check_ranks(settings, ranks())
     folder = settings.output
     try:
         return _module(recipe).main(settings)
@@ -95,10 +95,12 @@ def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any
             log.info("report: %s", write_run_report(folder))
 
 
-def check_ranks(recipe: str, count: int) -> None:
-    """Raise UsageError if `recipe` does not work as `count` ranks."""
-    if count > 1 and recipe not in ("pretrain", "sft"):
-        raise UsageError(f"`{recipe}` runs in one process", fix="without --nproc or torchrun")
+def check_ranks(config: Any, count: int) -> None:
+    """Raise UsageError if the recipe of `config` does not work as `count` ranks, or its batches not among them."""
+    if count > 1 and config.recipe not in ("pretrain", "sft"):
+        raise UsageError(f"`{config.recipe}` runs in one process", fix="without --nproc or torchrun")
+    if count > 1:
+        rows_each(config.batch_size, count)
 
 
 def _module(recipe: str) -> Any:

@@ -13,7 +13,7 @@ from puna.checkpoint.model_directory import save_model
 from puna.config import Config as BaseConfig
 from puna.config import RecipeConfig, UserPath
 from puna.data.loader import TokenLoader
-from puna.data.shards import Shards, read_index
+from puna.data.shards import Shards
 from puna.device import choose_device, choose_dtype
 from puna.dist.collectives import from_first, on_first
 from puna.dist.fsdp import shard
@@ -73,16 +73,16 @@ def main(config: Config) -> Path:
     """Train, validate, and write `final/`. Run again after an interruption, it goes on."""
     if config.seconds and "steps" in config.model_fields_set:
         raise UsageError("steps and seconds are both given", fix="seconds=null, or leave steps out")
-    read_index(config.data)  # a wrong path is told before a run folder exists
+    # A wrong path or source is told before a run folder exists.
+    train, valid = Shards(config.data, "train"), Shards(config.data, "valid")
+    batches = TokenLoader(train, config.seq_len, config.batch_size, config.seed, config.mixture)
     with shared_run(config) as run:
         device = choose_device(config.device)
         use_threads(run)
         tokenizer = Tokenizer(config.data / "tokenizer")
-        train, valid = Shards(config.data, "train"), Shards(config.data, "valid")
         from_first(train.verify)
         model = _model(config, tokenizer, device)
         training = config.train.model_copy(update={"optimizer": with_rate(config.train.optimizer, model.config.dim)})
-        batches = TokenLoader(train, config.seq_len, config.batch_size, config.seed, config.mixture)
         evaluate = partial(_evaluate, run=run, config=config, valid=valid, tokenizer=tokenizer)
         made_from = lineage(config, data=train.fingerprint)
         save = partial(save_model, model=model, tokenizer=tokenizer, save_dtype=config.save_dtype, lineage=made_from)

@@ -120,7 +120,7 @@ def main(config: Config) -> Path:
             save = partial(save_adapter, model=llama.model, config=config.lora, base=config.model, tokenizer=tokenizer)
         evaluate = partial(_evaluate, run=run, llama=llama, config=config, held_out=held_out)
         before = run.once("judged", partial(_judge, base if has_template(base.tokenizer) else llama, config.judge))
-        if not from_first(run.metrics.read):
+        if not from_first(lambda: bool(run.metrics.read())):
             run.samples.rewind(-1)  # of a start that was cut short
             run.metrics.write(step=0, **evaluate(llama.model, 0))
         if config.compile:
@@ -131,7 +131,8 @@ def main(config: Config) -> Path:
         saved = partial(save, lineage=made_from)
         state = fit(run, llama.model, batches, next_token, config.train, config.steps, evaluate, saved)
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
-        result |= {k: row[k] for row in run.metrics.read() for k in held_out if k in row}  # the last one stays
+        # Of each loss the last one stays.
+        result |= from_first(lambda: {k: row[k] for row in run.metrics.read() for k in held_out if k in row})
         if config.judge.tasks:
             after = _judge(llama, config.judge.model_copy(update={"shots": 0}))
             result["tasks"] = compare(before, after, config.judge)

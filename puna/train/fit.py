@@ -1,6 +1,8 @@
 """The only training loop. Recipes differ in the four things they hand to it, never in the loop."""
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import fmean
@@ -38,6 +40,8 @@ Objective = Callable[[Any, Any], Loss]
 Evaluate = Callable[[Any, int], dict[str, float]]
 SaveModel = Callable[[Any], None]
 
+_RECENT = 10  # steps of the training loss beside a validation: few, or it lags behind while the loss falls
+
 
 class TrainConfig(Config):
     """How long and how often; the optimizer has its own config."""
@@ -67,6 +71,10 @@ def fit(
 ) -> TrainState:
     """Train `model` in place for `steps` optimizer steps, from the newest checkpoint of `run` if it has one.
 
+    A row of a validation has `train_loss`, the mean of the last ten steps, and `gap`, valid_loss - train_loss: what
+    grows when a model learns its text by heart. Under a mixture the two are losses on different text, and the gap has
+    an offset of its own: its change tells, not its value.
+
     Args:
         model: what transforms made of it; its trainable parameters are optimized.
         batches: this rank's parts of micro-batches; a batch knows `n`, its number of trained units.
@@ -84,7 +92,8 @@ def fit(
     if checkpoint := from_first(newest_checkpoint, run):
         state = load_train_state(checkpoint, model, optimizer, batches)
     run.metrics.rewind(state.step)
-    evaluated = from_first(lambda: {row["step"] for row in run.metrics.read() if "loss" not in row})
+    evaluated, losses = from_first(_history, run)
+    recent = deque(losses, maxlen=_RECENT)
     # A validation that a crash cut short is made again, and writes its samples again.
     run.samples.rewind(state.step if state.step in evaluated else state.step - 1)
     guard = Guard(config.skip_budget)
@@ -98,8 +107,11 @@ def fit(
             due = last or (state.step and state.step % evaluate_every == 0)
             if due and state.step not in evaluated and not stop:
                 started = time.perf_counter()
-                metrics = {**evaluate(model, state.step), **from_first(_progress, run, batches)}
+                metrics = dict(evaluate(model, state.step))
                 reshard(model)
+                metrics |= {f"epochs.{name}": passes for name, passes in batches.epochs().items()}
+                if recent:
+                    metrics["train_loss"] = fmean(recent)
                 if "valid_loss" in metrics and "train_loss" in metrics:
                     metrics["gap"] = metrics["valid_loss"] - metrics["train_loss"]
                 state.seconds += time.perf_counter() - started
@@ -120,6 +132,8 @@ def fit(
             row = train_step(model, optimizer, micro, objective, lr, config.optimizer.clip, admit)
             state.step += 1
             state.tokens += row["n"]
+            if math.isfinite(row["loss"]):  # that of a skipped step may not be
+                recent.append(row["loss"])
             state.seconds += (took := time.perf_counter() - started)
             tok_s = ranks() * sum(batch.size for batch in micro) / took
             run.metrics.write(step=state.step, **row, tokens=state.tokens, tok_s=tok_s, seconds=state.seconds)
@@ -130,16 +144,11 @@ def fit(
                 from_first(prune, run, config.keep)
 
 
-def _progress(run: Run, batches: BatchSource) -> dict[str, float]:
-    """The mean training loss since the last validation, and the passes made over each source of text."""
-    losses: list[float] = []
-    for row in run.metrics.read():
-        if "loss" not in row:
-            losses = []
-        elif row["loss"] is not None:  # of a skipped step
-            losses.append(row["loss"])
-    passes = {f"epochs.{name}": done for name, done in batches.epochs().items()}
-    return passes | ({"train_loss": fmean(losses)} if losses else {})
+def _history(run: Run) -> tuple[set[int], list[float]]:
+    """Of the rows that are kept: the steps that were validated, and the last losses."""
+    rows = run.metrics.read()
+    losses = [row["loss"] for row in rows if row.get("loss") is not None]
+    return {row["step"] for row in rows if "loss" not in row}, losses[-_RECENT:]
 
 
 def train_step(

@@ -12,6 +12,11 @@ from puna.report import Curves, Facts, Report, Samples, Section, Series, Table, 
 from puna.run_folder import environment
 
 _LOSSES = {"valid_loss": "held-out conversations", "watched_loss": "conversations of another kind"}
+_VALIDATION = {
+    "train_loss": "training loss, mean of ten steps",
+    "valid_loss": "validation loss",
+    "gap": "gap: validation less training",
+}
 
 
 def write_run_report(folder: Path) -> Path:
@@ -37,8 +42,10 @@ def run_sections(folder: Path) -> list[Section]:
     sections: list[Section] = []
     if tasks := result.get("tasks"):
         sections.append(_tasks(tasks, read_yaml(folder / "resolved.yaml")["judge"]))
-    sections += _losses(rows)
-    sections.append(Curves("Training loss", "step", "nats a token", [_series("training", trained, "loss")]))
+    if read_yaml(folder / "resolved.yaml")["recipe"] == "pretrain":
+        sections += _pretraining(rows, trained)
+    else:
+        sections += [*_losses(rows), _training(trained)]
     if any("bits_per_byte" in row for row in rows):
         held_out = [_series("validation", rows, "bits_per_byte", dots=True)]
         sections.append(Curves("Held-out text", "step", "bits per byte", held_out))
@@ -80,6 +87,23 @@ def _tasks(rows: list[dict[str, Any]], judge: Any) -> Table:
         "The gain is over the better of the model before and always giving the most frequent answer; 95 % intervals."
     )
     return Table("Accuracy before and after", ["task", shots, "most frequent answer", "after", "gain"], cells, note)
+
+
+def _pretraining(rows: list[dict[str, Any]], trained: list[dict[str, Any]]) -> list[Section]:
+    """Training and validation loss on one scale, and how far apart they and how often the text was read in the end."""
+    validated = [row for row in rows if "valid_loss" in row]
+    if not validated:
+        return [_training(trained)]
+    series = [_series("training", trained, "loss"), _series("validation", validated, "valid_loss", dots=True)]
+    last = validated[-1]
+    facts = {name: last[key] for key, name in _VALIDATION.items() if key in last}
+    facts |= {f"passes over {k.removeprefix('epochs.')}": v for k, v in last.items() if k.startswith("epochs.")}
+    curves = Curves("Training and validation loss", "step", "nats a token", series)
+    return [curves, Facts("At the last validation", facts)]
+
+
+def _training(trained: list[dict[str, Any]]) -> Section:
+    return Curves("Training loss", "step", "nats a token", [_series("training", trained, "loss")])
 
 
 def _losses(rows: list[dict[str, Any]]) -> list[Section]:

@@ -1,0 +1,133 @@
+"""What puna wrote, compared with the hashes it was written with: whole, or every file that changed by its name."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import Done, puna, puna_forked
+
+from puna.checkpoint.model_directory import checkpoints
+from puna.errors import CheckpointError
+from puna.files import MANIFEST, verify
+from puna.recipes import run
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints and final/."""
+    model = {"dim": 16, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 16}
+    words = {"model": model, "seq_len": 32, "batch_size": 2, "steps": 3, "dtype": "fp32", "samples.prompts": []}
+    return run("pretrain", output=tmp_path_factory.mktemp("run") / "run", data=shards, **words)
+
+
+def verified(folder: Path, *names: str) -> list[Done]:
+    """`puna verify` of each name in `folder`."""
+    return puna_forked([["verify", name] for name in names], folder)
+
+
+def flip(file: Path, bit: int) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(raw)
+
+
+def test_every_flipped_bit_is_named(finished: Path) -> None:
+    """200 of 200, in the manifest too, where a blank that became a tab leaves the same JSON."""
+    folder, draw = checkpoints(finished)[-1], random.Random(7)
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    places = [(file, draw.random()) for file in [*draw.choices(files, k=200), *[folder / MANIFEST] * 100]]
+    for file, where in places:
+        bit = int(where * file.stat().st_size * 8)
+        flip(file, bit)
+        with pytest.raises(CheckpointError) as caught:
+            verify(folder)
+        flip(file, bit)
+        named = file.name in str(caught.value)
+        assert named or file.name == MANIFEST, file  # a wrong hash in it looks like a change of the file it is for
+    verify(folder)
+
+
+def test_a_manifest_of_the_same_meaning_is_damage(finished: Path, tmp_path: Path) -> None:
+    """An indent that lost a blank, or a repeated key, is JSON of the same meaning: not what was written."""
+    shutil.copytree(finished / "final", tmp_path / "final")
+    manifest = tmp_path / "final" / MANIFEST
+    whole = manifest.read_bytes()
+    for changed in (whole.replace(b"  ", b"\t", 1), whole.replace(b'"format": 1,', b'"format": 3, "format": 1,')):
+        manifest.write_bytes(changed)
+        with pytest.raises(CheckpointError, match="not as it was written"):
+            verify(tmp_path / "final")
+
+
+def test_verify_on_the_command_line(finished: Path, shards: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Each thing puna writes: said to be whole when it is; else every damaged file by its name, exit 3 or 4."""
+    copies = {"run": finished, "final": finished / "final", "shards": shards, "tokenizer": tokenizer_folder}
+    for name, source in copies.items():
+        shutil.copytree(source, tmp_path / name)
+    for name, done in zip(copies, verified(tmp_path, *copies), strict=True):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("ok ") == (3 if name == "run" else 1)
+    last = tmp_path / "run/checkpoints" / "step-3"
+    flip(last / "state.json", 9)
+    (last / "puna.json").unlink()
+    (last / "notes.txt").touch()
+    (tmp_path / "final" / MANIFEST).unlink()
+    (tmp_path / "shards/index.json").unlink()
+    flip(tmp_path / "tokenizer/tokenizer.json", 1000)
+    expected = {
+        "run": (4, ["state.json: changed", "puna.json: missing", "notes.txt: not in the manifest", "1 of 3 damaged"]),
+        "final": (4, [f"no {MANIFEST}"]),
+        "shards": (3, ["index.json: missing"]),
+        "tokenizer": (3, ["tokenizer.json: changed"]),
+        "none": (4, ["no such file or folder"]),
+    }
+    for (code, said), done in zip(expected.values(), verified(tmp_path, *expected), strict=True):
+        assert done.returncode == code, done.stderr
+        assert all(part in done.stdout + done.stderr for part in said), done
+    (done,) = puna_forked([["verify", "run", "--json"]], tmp_path)
+    rows = json.loads(done.stdout)
+    assert [len(row["wrong"]) for row in rows] == [0, 3, 0]
+    assert all(row["files"] > 5 and row["bytes"] > 1000 for row in rows)
+
+
+def test_verify_of_a_folder_of_several(finished: Path, shards: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """What the quickstart leaves is not one thing but six: "puna did not make it"."""
+    for name, source in {"pretrain": finished, "data": shards, "tokenizer": tokenizer_folder}.items():
+        shutil.copytree(source, tmp_path / "all" / name)
+    (tmp_path / "all/notes").mkdir()
+    shutil.copytree(tmp_path / "all", tmp_path / "lost")
+    (tmp_path / "lost/tokenizer" / MANIFEST).unlink()  # what cannot be compared must not go unsaid
+    shutil.copytree(tmp_path / "lost", tmp_path / "both")
+    flip(tmp_path / "both/pretrain/final/model.safetensors", 1000)
+    expected = {
+        "all": (0, ""),
+        "lost": (3, "1 of 5 damaged: lost/tokenizer"),
+        "both": (4, "2 of 5 damaged: both/pretrain/final, both/tokenizer"),
+        "all/notes": (4, "puna did not make it"),
+    }
+    answers = verified(tmp_path, *expected)
+    for (code, said), done in zip(expected.values(), answers, strict=True):
+        assert done.returncode == code, done.stderr
+        assert said in done.stderr
+    assert answers[0].stdout.count("ok ") == 5
+
+
+def test_verify_of_a_single_file(finished: Path, tmp_path: Path) -> None:
+    """A download that broke off has tensors beyond its end; a file of no known kind is not said to be whole."""
+    whole = (finished / "final/model.safetensors").read_bytes()
+    (tmp_path / "whole.safetensors").write_bytes(whole)
+    (tmp_path / "short.safetensors").write_bytes(whole[:-1])
+    (tmp_path / "short.gguf").write_bytes(b"GGUF\3\0\0\0" + b"\7")
+    (tmp_path / "notes.txt").write_text("notes")
+    codes = {"whole.safetensors": 0, "short.safetensors": 4, "short.gguf": 4, "notes.txt": 2}
+    for (name, code), done in zip(codes.items(), verified(tmp_path, *codes), strict=True):
+        assert done.returncode == code, done.stderr
+        assert name in done.stdout + done.stderr
+
+
+def test_verify_does_without_torch(finished: Path) -> None:
+    """Two seconds of import before a tenth of hashing."""
+    done = puna("verify", finished, flags=["-X", "importtime"])
+    assert done.returncode == 0
+    assert not {"torch", "numpy"} & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
