@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -133,9 +134,24 @@ def plant(fault: str) -> None:
         pretrain.bits_per_byte = at(1, 1, pretrain.bits_per_byte, stop)
 
 
+def wait_for_the_end(folder: Path) -> None:
+    """Tell `folder` that this rank is here, and then by what signal it was asked to end."""
+
+    def told(number: int, _frame: object) -> None:
+        (folder / f"ended-{rank()}").write_text(str(number))
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, told)
+    with process_group("cpu"):
+        (folder / f"started-{rank()}").touch()
+        time.sleep(60)
+
+
 if __name__ == "__main__":
     what, *words = sys.argv[1:]
-    if what == "all":
+    if what == "wait":
+        wait_for_the_end(Path(words[0]))
+    elif what == "all":
         folder, shards = map(Path, words)
         setup_logging(-1)
         torch.set_num_threads(1)

@@ -1,7 +1,11 @@
 """Several ranks are one run: the same losses, any number goes on from what any other saved, all end together."""
 
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +105,29 @@ def test_a_rank_that_fails_ends_all(shards: Path, tmp_path: Path, capfd: pytest.
     losses = [[row["loss"] for row in rows(folder) if "loss" in row] for folder in (tmp_path / "run", whole)]
     assert len(losses[0]) == 12
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_no_rank_outlives_who_started_it(tmp_path: Path) -> None:
+    """A closed terminal, and a launcher that is killed: ranks without a parent keep their device for days."""
+    started = {}
+    for number in (signal.SIGHUP, signal.SIGKILL):
+        (folder := tmp_path / number.name).mkdir()
+        program = "import sys; from puna.dist.launch import launch; sys.exit(launch(2, sys.argv[1:]))"
+        words = [sys.executable, "-c", program, sys.executable, SCRIPT, "wait", str(folder)]
+        started[number] = subprocess.Popen(words, start_new_session=True)
+    for number, process in started.items():
+        folder = tmp_path / number.name
+        until(lambda folder=folder: len(list(folder.glob("started-*"))) == 2)
+        process.send_signal(number)
+        until(lambda folder=folder: [file.read_text() for file in folder.glob("ended-?")] == ["15", "15"])
+        assert process.wait(20) == {signal.SIGHUP: 128 + signal.SIGTERM}.get(number, -number)
+
+
+def until(happened: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_unequal_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from puna.dist.launch import LOST
+from puna.dist.launch import LOST, end_with_launcher
 from puna.errors import ResourceError, UsageError
 from puna.log import log
 from puna.ranks import local_rank, rank, ranks
@@ -29,6 +29,7 @@ def process_group(device: str) -> Iterator[None]:
     if ranks() == 1:
         yield
         return
+    end_with_launcher()
     if ":" in device:
         raise UsageError(f"device={device} is one device for {ranks()} ranks", fix="device=cuda: each takes its own")
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
