@@ -1,5 +1,6 @@
 """Several ranks are one run: the same losses, any number goes on from what any other saved, all end together."""
 
+import logging
 import shutil
 import signal
 import subprocess
@@ -12,14 +13,19 @@ from typing import Any
 import dist_ranks
 import pytest
 import torch
-from dist_ranks import CASES, SAVED, STEPS
+from dist_ranks import CASES, SAVED, STEPS, build
 
+from puna.checkpoint.adapter import save_adapter
+from puna.checkpoint.model_directory import save_model
 from puna.config import parse_words
 from puna.dist.collectives import part
 from puna.dist.launch import launch
 from puna.errors import ResourceError, UsageError
-from puna.log import Metrics
+from puna.log import Metrics, log, setup_logging
+from puna.lora import LoraConfig
+from puna.ranks import joined
 from puna.recipes import run
+from puna.tokenizer.tokenizer import Tokenizer
 
 SCRIPT = str(Path(dist_ranks.__file__))
 CLOCKS = ("seconds", "tok_s")
@@ -137,7 +143,26 @@ def test_unequal_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     for number in range(3):
         monkeypatch.setenv("RANK", str(number))
-        taken += range(6)[part(6)]
+        with joined():
+            taken += range(6)[part(6)]
     assert taken == list(range(6))
-    with pytest.raises(UsageError, match="batch_size=4 cannot be divided among 3 ranks"):
+    with joined(), pytest.raises(UsageError, match="batch_size=4 cannot be divided among 3 ranks"):
         part(4)
+
+
+def test_a_process_that_joined_no_other_writes_all(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod, or a script under torchrun, whose environment says rank 1 of 2: it saved an empty folder as a model."""
+    for name, value in {"MASTER_ADDR": "pod", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    model, tokenizer = build("lora").float(), Tokenizer(tokenizer_folder)
+    save_model(tmp_path, model, tokenizer, "fp32", {})
+    assert "model.safetensors" in {p.name for p in tmp_path.iterdir()}
+    save_adapter(tmp_path, model, LoraConfig(rank=3), tokenizer, "base", {})
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    setup_logging()
+    assert log.isEnabledFor(logging.INFO)
+    log.handlers.clear()
+    with pytest.raises(UsageError, match="`tokenizer` runs in one process"):
+        run("tokenizer")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from puna.dist.launch import LOST, end_with_launcher
 from puna.errors import ResourceError, UsageError
 from puna.log import log
-from puna.ranks import local_rank, rank, ranks
+from puna.ranks import joined, rank, ranks, started_as
 
 T = TypeVar("T")
 
@@ -26,23 +26,25 @@ def process_group(device: str) -> Iterator[None]:
     Raises:
         UsageError: `device` names one device for all ranks. ResourceError: fewer devices than ranks.
     """
-    if ranks() == 1:
+    here = started_as()
+    if here.ranks == 1:
         yield
         return
     end_with_launcher()
     if ":" in device:
-        raise UsageError(f"device={device} is one device for {ranks()} ranks", fix="device=cuda: each takes its own")
+        raise UsageError(f"device={device} is one device for {here.ranks} ranks", fix="device=cuda: each takes its own")
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
-    if cuda and local_rank() >= torch.cuda.device_count():
+    if cuda and here.local_rank >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ResourceError(f"rank {rank()} has no device: there are {count}", fix=f"--nproc {count}, or device=cpu")
+        raise ResourceError(f"rank {here.rank} has no device: there are {count}", fix=f"--nproc {count}, or device=cpu")
     if cuda:
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(here.local_rank)
     # A day: ranks wait while the first one reads a large model; a rank that died is noticed by its closed connection.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
-    log.info("ranks: %d (%s)", ranks(), "nccl" if cuda else "gloo")
+    log.info("ranks: %d (%s)", here.ranks, "nccl" if cuda else "gloo")
     try:
-        yield
+        with joined():
+            yield
     except BaseException as error:  # torch's CheckpointException does not derive from Exception
         if any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
             log.debug("another rank is gone: %s", error)
