@@ -18,7 +18,8 @@ from dist_ranks import CASES, SAVED, STEPS, build
 from puna.checkpoint.adapter import save_adapter
 from puna.checkpoint.model_directory import save_model
 from puna.config import parse_words
-from puna.dist.collectives import part
+from puna.device import choose_device
+from puna.dist.collectives import part, process_group
 from puna.dist.launch import launch
 from puna.errors import ResourceError, UsageError
 from puna.log import Metrics, log, setup_logging
@@ -148,6 +149,19 @@ def test_unequal_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken == list(range(6))
     with joined(), pytest.raises(UsageError, match="batch_size=4 cannot be divided among 3 ranks"):
         part(4)
+
+
+def test_ranks_on_a_mac_take_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo sends nothing between mps devices: `auto` took them and failed in the first collective."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_device("auto").type == "mps"
+    with joined():
+        assert choose_device("auto").type == "cpu"
+    with pytest.raises(UsageError, match="cannot be connected between mps devices"), process_group("mps"):
+        pass
 
 
 def test_a_process_that_joined_no_other_writes_all(

@@ -24,7 +24,7 @@ def process_group(device: str) -> Iterator[None]:
     Ends the process with code LOST when another rank is gone: that one, or who started them, tells why.
 
     Raises:
-        UsageError: `device` names one device for all ranks. ResourceError: fewer devices than ranks.
+        UsageError: `device` names one device for all ranks, or cannot be connected. ResourceError: fewer devices than ranks.
     """
     here = started_as()
     if here.ranks == 1:
@@ -33,14 +33,17 @@ def process_group(device: str) -> Iterator[None]:
     end_with_launcher()
     if ":" in device:
         raise UsageError(f"device={device} is one device for {here.ranks} ranks", fix="device=cuda: each takes its own")
+    if device == "mps":
+        raise UsageError("ranks cannot be connected between mps devices", fix="device=cpu, or without --nproc")
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda and here.local_rank >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ResourceError(f"rank {here.rank} has no device: there are {count}", fix=f"--nproc {count}, or device=cpu")
     if cuda:
         torch.cuda.set_device(here.local_rank)
-    # A day: ranks wait while the first one reads a large model; a rank that died is noticed by its closed connection.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
+    # Half an hour: ranks wait while the first one hashes all shards, or writes a large model. One that died is noticed
+    # by its closed connection; this is for one that hangs.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     log.info("ranks: %d (%s)", here.ranks, "nccl" if cuda else "gloo")
     try:
         with joined():
