@@ -71,14 +71,17 @@ def test_the_report_and_the_exit_code(model: Path, rows: Path, tmp_path: Path) -
     assert "template" in failed["mask"]["cause"]
 
 
-def test_what_cannot_be_examined(model: Path, rows: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_examined(model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a command, a file that is not there, conversations for a model without a template."""
     base = shutil.copytree(model, tmp_path / "base")
     (base / "chat_template.jinja").unlink()
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "one.jsonl").write_text(rows.read_text().splitlines()[0])
     calls = {
         ("doctor", model): (2, "--data FILE"),
         ("doctor", model, "--data", tmp_path / "none.jsonl"): (3, "no such file"),
+        ("doctor", model, "--data=~/one.jsonl"): (3, "fewer than two"),
+        ("doctor", model, "--data=~/two.jsonl"): (3, f"did you mean `{tmp_path / 'one.jsonl'}`"),
         ("doctor", model, "--data", rows, "--dtype", "fp8"): (2, "fp64"),
     }
     for done, (code, hint) in zip(puna_all([[*map(str, c)] for c in calls]), calls.values(), strict=True):
