@@ -46,8 +46,10 @@ def launch(nproc: int, command: Sequence[str]) -> int:
         for rank, out in enumerate([None, *said]):
             env = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of its own: Ctrl-C comes through here alone, once, or it would count as a second one.
-            options = {"start_new_session": True, "pass_fds": [alive]}
-            processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out, **options))
+            started = subprocess.Popen(
+                command, env=env, stdout=out, stderr=out, start_new_session=True, pass_fds=[alive]
+            )
+            processes.append(started)
         ended = _wait(processes)
         blamed = _blamed(ended)
         if blamed > 0:
