@@ -79,8 +79,14 @@ def test_losses_are_those_of_one_rank(how: str, case: str, both: Path) -> None:
     ours, theirs = rows(both / how / case), rows(both / "one" / case)
     assert len(theirs) == STEPS + STEPS // 5
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    near = {"rel": 1e-10, "abs": 1e-12}
+    if case == "muon":
+        # Its five products in bf16 round other sums on two ranks: 0.3 % were seen in a gradient's norm, where an
+        # orthogonalization of each rank's rows alone is off by 45 %. One id of a text may be another.
+        near = {"rel": 1e-2}
+        ours, theirs = ([{k: v for k, v in row.items() if k != "written"} for row in rs] for rs in (ours, theirs))
     for row, expected in zip(ours, theirs, strict=True):
-        assert row == pytest.approx(expected, rel=1e-10, abs=1e-12)
+        assert row == pytest.approx(expected, **near)
 
 
 WORDS = [
