@@ -2,18 +2,21 @@
 
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from puna.errors import ResourceError, UsageError
 from puna.log import log
-from puna.ranks import local_ranks
+from puna.ranks import local_ranks, ranks
 
 if TYPE_CHECKING:
     import torch
 
+_QUOTA = "/sys/fs/cgroup/cpu.max"
+
 
 def choose_device(name: str = "auto") -> "torch.device":
-    """`auto` takes cuda, then mps, then cpu.
+    """`auto` takes cuda, then mps (alone: nothing connects ranks between mps devices), then cpu.
 
     Raises:
         UsageError: not a device name torch knows.
@@ -23,6 +26,9 @@ def choose_device(name: str = "auto") -> "torch.device":
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "mps" and ranks() > 1:
+            log.info("device: cpu (%d ranks cannot be connected between mps devices)", ranks())
+            name = "cpu"
     try:
         device = torch.device(name)
         mps = int(torch.backends.mps.is_available())
@@ -69,8 +75,7 @@ def calibrate_threads() -> int:
 
     best, rates = 1, {}
     x = torch.randn(512, 512)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    for count in _candidates(max(1, cores // local_ranks())):
+    for count in _candidates(max(1, cores() // local_ranks())):
         torch.set_num_threads(count)
         times = []
         for _ in range(8):
@@ -82,6 +87,27 @@ def calibrate_threads() -> int:
             best = count
     log.info("threads: %d (measured %s matmul/s)", best, ", ".join(f"{c}: {r:.0f}" for c, r in rates.items()))
     return best
+
+
+def cores() -> int:
+    """Cores this process may use: its affinity, and the container's quota where there is one."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, _, period = Path(_QUOTA).read_text(encoding="utf-8").strip().partition(" ")
+    except OSError:
+        return allowed
+    return min(allowed, max(1, int(quota) // int(period))) if quota.isdigit() else allowed
+
+
+def compile_problem() -> str:
+    """Why torch.compile does not work here, found out by compiling; empty when it does."""
+    import torch
+
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+    except Exception as error:  # no g++, no Python headers, a broken toolchain: each raises something else
+        return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return ""
 
 
 def _candidates(cores: int) -> list[int]:

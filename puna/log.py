@@ -23,7 +23,7 @@ def setup_logging(verbosity: int = 0) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
     level = {-1: logging.WARNING, 0: logging.INFO}.get(verbosity, logging.DEBUG)
-    log.setLevel(logging.ERROR if rank() else level)  # rank 0 speaks for all
+    log.setLevel(level)
     log.propagate = False
 
 

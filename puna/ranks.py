@@ -1,28 +1,68 @@
-"""Which process of how many this is, as torchrun and `--nproc` say it in the environment: known without torch."""
+"""Which process of how many this is, known without torch.
 
+torchrun and `--nproc` say it in the environment, and so do pods and job schedulers for reasons of their own: a process
+that has connected to no other would take itself for rank 1 and leave its files to a rank 0 that does not exist. What
+the environment says holds inside of `joined` alone.
+"""
+
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from puna.errors import UsageError
 
 
+class Place(NamedTuple):
+    """A process among those that train together, and among those of them that share its machine."""
+
+    rank: int = 0
+    ranks: int = 1
+    local_rank: int = 0
+    local_ranks: int = 1
+
+
+_here = Place()
+
+
+def started_as() -> Place:
+    """What torchrun or `--nproc` started this process as; rank 0 of 1 without them."""
+    known = os.environ
+    if "MASTER_ADDR" not in known or int(known.get("WORLD_SIZE", "1")) == 1:
+        return Place()
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return Place(*(int(known.get(name, default)) for name, default in names.items()))
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """The block in which the ranks are connected (dist/collectives.py)."""
+    global _here
+    before, _here = _here, started_as()
+    try:
+        yield
+    finally:
+        _here = before
+
+
 def ranks() -> int:
-    """Processes that train together; 1 outside of torchrun and `--nproc`."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+    """Processes that train together."""
+    return _here.ranks
 
 
 def rank() -> int:
-    """This process among `ranks()`. Rank 0 logs, writes the run folder and decides what has to be decided once."""
-    return int(os.environ.get("RANK", "0")) if ranks() > 1 else 0
+    """This process among `ranks()`. Rank 0 writes the run folder and decides what has to be decided once."""
+    return _here.rank
 
 
 def local_ranks() -> int:
     """How many of them share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks() > 1 else 1
+    return _here.local_ranks
 
 
 def local_rank() -> int:
     """This process among `local_ranks()`: the number of its device."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if ranks() > 1 else 0
+    return _here.local_rank
 
 
 def rows_each(rows: int, count: int) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from puna import __version__
-from puna.config import RecipeConfig, differences, read_yaml, to_yaml
+from puna.config import RecipeConfig, differences, load_config, read_yaml, to_yaml
 from puna.errors import CheckpointError, Interrupted, UsageError
 from puna.files import lock, make_folder, sweep, write_json, write_text
 from puna.log import Metrics, log
@@ -156,13 +156,21 @@ def _stored(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"damaged: {error}", where=path, fix="start again with another output=...") from None
 
 
+def _asked(kind: type[RecipeConfig], resolved: Path) -> dict[str, Any]:
+    """Every value a run was started with; a key that is younger than the run has its default."""
+    try:
+        return load_config(kind, resolved).model_dump(mode="json")
+    except UsageError:  # a key that is no more: told as a difference
+        return dict(read_yaml(resolved))
+
+
 def _check_continues(config: RecipeConfig, folder: Path) -> None:
     if (folder / "final").exists():
         raise UsageError(
             "this run is finished", where=folder, fix="choose another output=..., or remove that folder first"
         )
-    old, new = dict(read_yaml(folder / "resolved.yaml")), config.model_dump(mode="json", exclude={"output"})
-    old.pop("output", None)  # a run may be moved
+    old, new = _asked(type(config), folder / "resolved.yaml"), config.model_dump(mode="json")
+    old["output"] = new["output"]  # a run may be moved
     changed = list(differences(old, new))
     trained = any("loss" in row for row in Metrics(folder / "metrics.jsonl").read())
     if changed and not any((folder / "checkpoints").glob("step-*")) and not trained:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from puna.train import fit as loop
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig, build_optimizer
 
-CASES = ("pretrain", "sft", "lora")
+CASES = ("pretrain", "sft", "lora", "muon")
 STEPS, SAVED = 20, 10
 
 
@@ -42,7 +43,7 @@ def build(case: str) -> Transformer:
     """fp64 throughout; under LoRA the frozen base is bf16, as a group of mixed dtypes."""
     shape = ModelConfig(
         dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=48, vocab_size=600, max_seq_len=64,
-        rope_theta=10000.0, rope_scaling=None, norm_eps=1e-5, tie_embeddings=case != "pretrain",
+        rope_theta=10000.0, rope_scaling=None, norm_eps=1e-5, tie_embeddings=case in ("sft", "lora"),
     )  # fmt: skip
     model = build_model(shape, torch.float64)
     materialize(model, torch.device("cpu"), torch.float64)
@@ -54,7 +55,7 @@ def build(case: str) -> Transformer:
 
 
 def loader(case: str, shards: Path) -> Any:
-    if case == "pretrain":
+    if case in ("pretrain", "muon"):
         return TokenLoader(Shards(shards, "train"), seq_len=32, batch_size=4, seed=0)
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -96,9 +97,8 @@ def train(case: str, folder: Path, shards: Path) -> None:
     save = partial(save_model, model=model, tokenizer=tokenizer, save_dtype="fp64", lineage={})
     if case == "lora":
         save = partial(_save_nothing)
-    config = loop.TrainConfig(
-        accumulate=2, evaluate_every=5, save_every=SAVED, keep=9, optimizer=OptimizerConfig(lr=0.01, warmup_steps=2)
-    )
+    optimizer = OptimizerConfig(kind="muon" if case == "muon" else "adamw", lr=0.01, warmup_steps=2)
+    config = loop.TrainConfig(accumulate=2, evaluate_every=5, save_every=SAVED, keep=9, optimizer=optimizer)
     loop.fit(run, model, batches, next_token, config, STEPS, evaluate, save)
 
 
@@ -133,9 +133,24 @@ def plant(fault: str) -> None:
         pretrain.bits_per_byte = at(1, 1, pretrain.bits_per_byte, stop)
 
 
+def wait_for_the_end(folder: Path) -> None:
+    """Tell `folder` that this rank is here, and then by what signal it was asked to end."""
+
+    def told(number: int, _frame: object) -> None:
+        (folder / f"ended-{rank()}").write_text(str(number))
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, told)
+    with process_group("cpu"):
+        (folder / f"started-{rank()}").touch()
+        time.sleep(60)
+
+
 if __name__ == "__main__":
     what, *words = sys.argv[1:]
-    if what == "all":
+    if what == "wait":
+        wait_for_the_end(Path(words[0]))
+    elif what == "all":
         folder, shards = map(Path, words)
         setup_logging(-1)
         torch.set_num_threads(1)

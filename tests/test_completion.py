@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ LINES: dict[str, tuple[set[str], set[str]]] = {
     "puna chat s": (set(MODELS), set()),
     "puna generate x -p a --max": ({"--max-tokens"}, {"--seed"}),
     "puna generate x --dtype ": ({"bf16", "fp32"}, {"--seed"}),
+    "puna doctor s": (set(MODELS), set()),
+    "puna doctor smollm2-135m --data x --template ": ({"llama3", "chatml"}, set()),
+    "puna doctor --d": ({"--data", "--dtype", "--device"}, {"--rows"}),
+    "puna run sft --np": ({"--nproc"}, {"--config"}),
+    "puna runs ": ({"ls", "show"}, {"run"}),
+    "puna verify runs/x --": ({"--json"}, set()),
+    "puna quickstart pre": ({"pretrain."}, {"data."}),
+    "puna quickstart pretrain.st": ({"pretrain.steps="}, {"pretrain.seed=", "steps="}),
+    "puna quickstart --acts 2 lora.lora.r": ({"lora.lora.rank="}, {"lora.rehearse="}),
+    "puna quickstart tokenizer.st": (set(), {"tokenizer.steps="}),
     "puna ls ": ({"recipes", "models"}, set()),
 }
 
@@ -82,6 +93,10 @@ def test_models_are_the_registry_s() -> None:
     """A registered model that is not completed: the table stands apart from the registry, which loads torch."""
     assert set(MODELS) == set(REGISTERED)
     assert not set(MODELS) & set(PRESETS)
+    folder = resources.files("puna") / "tokenizer" / "templates"
+    command = typer.main.get_command(app)
+    templates = candidates(command, "puna doctor x --template ")
+    assert {f"{name}.jinja" for name in templates} == {file.name for file in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")

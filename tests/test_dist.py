@@ -1,21 +1,32 @@
 """Several ranks are one run: the same losses, any number goes on from what any other saved, all end together."""
 
+import logging
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import dist_ranks
 import pytest
 import torch
-from dist_ranks import CASES, SAVED, STEPS
+from dist_ranks import CASES, SAVED, STEPS, build
 
+from puna.checkpoint.adapter import save_adapter
+from puna.checkpoint.model_directory import save_model
 from puna.config import parse_words
-from puna.dist.collectives import part
+from puna.device import choose_device
+from puna.dist.collectives import part, process_group
 from puna.dist.launch import launch
 from puna.errors import ResourceError, UsageError
-from puna.log import Metrics
+from puna.log import Metrics, log, setup_logging
+from puna.lora import LoraConfig
+from puna.ranks import joined
 from puna.recipes import run
+from puna.tokenizer.tokenizer import Tokenizer
 
 SCRIPT = str(Path(dist_ranks.__file__))
 CLOCKS = ("seconds", "tok_s")
@@ -68,8 +79,14 @@ def test_losses_are_those_of_one_rank(how: str, case: str, both: Path) -> None:
     ours, theirs = rows(both / how / case), rows(both / "one" / case)
     assert len(theirs) == STEPS + STEPS // 5
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    near = {"rel": 1e-10, "abs": 1e-12}
+    if case == "muon":
+        # Its five products in bf16 round other sums on two ranks: 0.3 % were seen in a gradient's norm, where an
+        # orthogonalization of each rank's rows alone is off by 45 %. One id of a text may be another.
+        near = {"rel": 1e-2}
+        ours, theirs = ([{k: v for k, v in row.items() if k != "written"} for row in rs] for rs in (ours, theirs))
     for row, expected in zip(ours, theirs, strict=True):
-        assert row == pytest.approx(expected, rel=1e-10, abs=1e-12)
+        assert row == pytest.approx(expected, **near)
 
 
 WORDS = [
@@ -103,6 +120,29 @@ def test_a_rank_that_fails_ends_all(shards: Path, tmp_path: Path, capfd: pytest.
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_no_rank_outlives_who_started_it(tmp_path: Path) -> None:
+    """A closed terminal, and a launcher that is killed: ranks without a parent keep their device for days."""
+    started = {}
+    for number in (signal.SIGHUP, signal.SIGKILL):
+        (folder := tmp_path / number.name).mkdir()
+        program = "import sys; from puna.dist.launch import launch; sys.exit(launch(2, sys.argv[1:]))"
+        words = [sys.executable, "-c", program, sys.executable, SCRIPT, "wait", str(folder)]
+        started[number] = subprocess.Popen(words, start_new_session=True)
+    for number, process in started.items():
+        folder = tmp_path / number.name
+        until(lambda folder=folder: len(list(folder.glob("started-*"))) == 2)
+        process.send_signal(number)
+        until(lambda folder=folder: [file.read_text() for file in folder.glob("ended-?")] == ["15", "15"])
+        assert process.wait(20) == {signal.SIGHUP: 128 + signal.SIGTERM}.get(number, -number)
+
+
+def until(happened: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_unequal_parts_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A rank with a row less would train on other rows than one rank does; told once the model was loaded, too late."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -110,11 +150,43 @@ def test_unequal_parts_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     taken = []
     for number in range(3):
         monkeypatch.setenv("RANK", str(number))
-        taken += range(6)[part(6)]
+        with joined():
+            taken += range(6)[part(6)]
     assert taken == list(range(6))
     refused = "batch_size=4 cannot be divided among 3 ranks"
-    with pytest.raises(UsageError, match=refused):
+    with joined(), pytest.raises(UsageError, match=refused):
         part(4)
     with pytest.raises(UsageError, match=refused):
         run("sft", output=tmp_path / "run", model="nowhere", batch_size=4)
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_on_a_mac_take_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo sends nothing between mps devices: `auto` took them and failed in the first collective."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_device("auto").type == "mps"
+    with joined():
+        assert choose_device("auto").type == "cpu"
+    with pytest.raises(UsageError, match="cannot be connected between mps devices"), process_group("mps"):
+        pass
+
+
+def test_a_process_that_joined_no_other_writes_all(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod, or a script under torchrun, whose environment says rank 1 of 2: it saved an empty folder as a model."""
+    for name, value in {"MASTER_ADDR": "pod", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    model, tokenizer = build("lora").float(), Tokenizer(tokenizer_folder)
+    save_model(tmp_path, model, tokenizer, "fp32", {})
+    assert "model.safetensors" in {p.name for p in tmp_path.iterdir()}
+    save_adapter(tmp_path, model, LoraConfig(rank=3), tokenizer, "base", {})
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    setup_logging()
+    assert log.isEnabledFor(logging.INFO)
+    log.handlers.clear()
+    with pytest.raises(UsageError, match="`tokenizer` runs in one process"):
+        run("tokenizer")

@@ -1,6 +1,7 @@
 """`puna doctor` as a user meets it: the machine, a healthy model, a sick one, data of every kind."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from test_cli import puna_all
 from test_layers import closure
 from test_model import BASE, build
 
+from puna import device
 from puna.checkpoint.adapter import save_adapter
 from puna.checkpoint.model_directory import save_model
 from puna.errors import DataError, UsageError
@@ -69,14 +71,17 @@ def test_the_report_and_the_exit_code(model: Path, rows: Path, tmp_path: Path) -
     assert "template" in failed["mask"]["cause"]
 
 
-def test_what_cannot_be_examined(model: Path, rows: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_examined(model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a command, a file that is not there, conversations for a model without a template."""
     base = shutil.copytree(model, tmp_path / "base")
     (base / "chat_template.jinja").unlink()
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "one.jsonl").write_text(rows.read_text().splitlines()[0])
     calls = {
         ("doctor", model): (2, "--data FILE"),
         ("doctor", model, "--data", tmp_path / "none.jsonl"): (3, "no such file"),
+        ("doctor", model, "--data=~/one.jsonl"): (3, "fewer than two"),
+        ("doctor", model, "--data=~/two.jsonl"): (3, f"did you mean `{tmp_path / 'one.jsonl'}`"),
         ("doctor", model, "--data", rows, "--dtype", "fp8"): (2, "fp64"),
     }
     for done, (code, hint) in zip(puna_all([[*map(str, c)] for c in calls]), calls.values(), strict=True):
@@ -191,6 +196,21 @@ def test_what_is_warned_of() -> None:
     ):
         (warned,) = machine.warnings({**WELL, **change})
         assert word in warned.fix
+
+
+def test_a_container_s_quota_is_the_number_of_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two cores' worth of time on a host of 64: a run that measured up to 64 threads was throttled by half of them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    quota, tried = tmp_path / "cpu.max", []
+    monkeypatch.setattr(device, "_QUOTA", str(quota))
+    assert device.cores() == 64
+    for text, cores in (("max 100000\n", 64), ("200000 100000\n", 2), ("50000 100000\n", 1)):
+        quota.write_text(text)
+        assert device.cores() == cores
+    quota.write_text("200000 100000\n")
+    monkeypatch.setattr(torch, "set_num_threads", tried.append)
+    device.calibrate_threads()
+    assert tried == [1, 2]
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

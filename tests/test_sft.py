@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import puna as command
 from safetensors.torch import load_file
 
 import puna
@@ -109,6 +110,21 @@ def test_a_crash_amid_accumulation_leaves_nothing(
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     ours, theirs = load_file(resumed / "final" / name), load_file(straight / "final" / name)
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
+def test_two_ranks_tune_an_adapter(base: Path, rows: Path, tmp_path: Path) -> None:
+    """An adapter saved in parts, or ranks that drop the same places: dropout in the whole recipe, to its end."""
+    output = tmp_path / "run"
+    done = command(
+        "run", "sft", "--nproc", 2, f"model={base}", f"output={output}", f"data.path={rows}", "template=llama3",
+        "seq_len=96", "batch_size=2", "steps=2", "dtype=fp32", "device=cpu", "train.optimizer.lr=0.01",
+        "lora.rank=3", "lora.dropout=0.5", "valid_fraction=0.2", "train.save_every=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    state = json.loads((output / "checkpoints/step-2/state.json").read_text())
+    assert len(set(state["generators"])) == 2
+    model = puna.load(output, dtype="fp32").model
+    assert all(p.count_nonzero() > 0 for p in lora_parameters(model).values())
 
 
 def test_it_learns_and_the_base_is_untouched(base: Path, tuned: Path) -> None:

@@ -11,9 +11,12 @@ from puna.train.optim import OptimizerConfig
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 import support
 
+ALLOWED = {"fp64": 1e-9, "fp32": 1e-3, "bf16": 0.08}
+"""What the page says of itself."""
+
 
 def test_the_page_has_every_capability() -> None:
-    """A new field of a model, optimizer or check of the doctor that the page says nothing of."""
+    """A capability that the page says nothing of, or a number on it that is a mistake in the row's dtype."""
     lines = support.PAGE.read_text(encoding="utf-8").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     header, rows = cells[0][1:], {row[0]: row[1:] for row in cells[2:]}
@@ -23,7 +26,8 @@ def test_the_page_has_every_capability() -> None:
         assert len(row) == len(header), name
         tried = [cell for cell in row if cell != "not tried"]
         assert len(tried) == len(support.ROWS[name].only or header), name
-        assert all(cell == "exact" or float(cell) < 0.08 for cell in tried), (name, row)
+        dtype = support.ROWS[name].dtype.replace("auto", "fp64")  # what the doctor takes for small models
+        assert all(cell == "exact" or float(cell) <= ALLOWED[dtype] for cell in tried), (name, row)
 
 
 def test_nothing_is_forgotten() -> None:

@@ -23,11 +23,13 @@ from safetensors.torch import load_file, save_file
 from test_model import BASE, build
 
 import puna
-from puna.checkpoint.model_directory import load_model
+from puna.checkpoint import train_state
+from puna.checkpoint.model_directory import load_model, read_json
 from puna.data.loader import Batch
 from puna.data.shards import Shards
 from puna.errors import CheckpointError, DataError, NumericError, ResourceError, UsageError
 from puna.eval.perplexity import bits_per_byte
+from puna.files import MANIFEST, hash_file, write_json
 from puna.infer.llama import Llama
 from puna.log import Metrics
 from puna.model.config import ModelConfig
@@ -128,11 +130,42 @@ def test_resume_is_bit_identical(shards: Path, finished: Path, tmp_path: Path) -
     assert [s["data"]["epoch"] for s in states] == [0, 1]
     for step in ("step-4", "step-8"):
         copy = unfinished(finished, tmp_path / step, keep=step)
+        _as_of_an_older_version(copy, step)
         pretrain(copy, shards, **SAVING)
         assert rows(copy) == rows(finished)
         for file in ("final/model.safetensors", "checkpoints/step-12/optimizer/model-00001-of-00001.safetensors"):
             ours, theirs = load_file(copy / file), load_file(finished / file)
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs), file
+
+
+def _as_of_an_older_version(run: Path, step: str) -> None:
+    """Before the config had `compile` and `train.skip_budget`, and when a run had one generator."""
+    resolved = run / "resolved.yaml"
+    lines = resolved.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.split(":")[0].strip() not in ("compile", "skip_budget")]
+    assert len(kept) == len(lines) - 2
+    resolved.write_text("".join(kept))
+    state = run / "checkpoints" / step / "state.json"
+    values = json.loads(state.read_text())
+    assert values.pop("device_generators") == [{}]
+    (values["generator"],) = values.pop("generators")
+    write_json(state, values)
+    manifest = read_json(state.with_name(MANIFEST))
+    manifest["files"]["state.json"] = {"bytes": state.stat().st_size, "hash": hash_file(state)}
+    write_json(state.with_name(MANIFEST), manifest)
+
+
+def test_the_device_s_generator_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout on a GPU draws from the GPU's generator: a resume dropped other places than the straight run."""
+    there = {torch.device("cuda:1"): torch.tensor([7, 0, 255], dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", there.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: there.update({device: state}))
+    (device,), (state,) = there, there.values()
+    stored = json.loads(json.dumps(train_state._device_generator(device)))
+    there.clear()
+    train_state._set_device_generator(device, stored)
+    assert torch.equal(there[device], state)
+    train_state._set_device_generator(torch.device("cpu"), stored)
 
 
 def test_a_validation_lost_in_a_crash_is_made_up_for(shards: Path, finished: Path, tmp_path: Path) -> None:

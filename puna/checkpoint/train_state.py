@@ -2,7 +2,7 @@
 
 step-N/                 model directory in save_dtype: any checkpoint can be chatted with
 step-N/optimizer/       fp32 parameters and optimizer moments, torch's distributed checkpoint in safetensors
-step-N/state.json       step, tokens, seconds, data position, generator states by rank, threads
+step-N/state.json       step, tokens, seconds, data position, generator states (CPU, device) by rank, threads
 
 Every rank writes and reads its parts; any number of ranks goes on from what any number has saved.
 """
@@ -62,7 +62,7 @@ def save_train_state(
     if rank() == 0:
         run.metrics.sync()
         run.samples.sync()
-    generator = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+    device = next(model.parameters()).device
     # disk_errors for the other ranks too: theirs is the same full disk, and torch raises what one met on all.
     with disk_errors(target), on_first(atomic_folder(target)) as folder:
         save_model(folder)
@@ -70,7 +70,8 @@ def save_train_state(
         values = {
             **asdict(state),
             "data": batches.state_dict(),
-            "generators": from_each(generator),
+            "generators": from_each(_text(torch.get_rng_state())),
+            "device_generators": from_each(_device_generator(device)),
             "threads": torch.get_num_threads(),
             "moments": any(optimizer.state.values()),
         }
@@ -83,20 +84,45 @@ def save_train_state(
 def load_train_state(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, batches: _Positioned
 ) -> TrainState:
-    """Put everything back exactly: parameters, moments, data position, generator, thread count."""
+    """Put everything back exactly: parameters, moments, data position, generators, thread count."""
     values = read_json(folder / "state.json")
     if values.get("moments", True):  # none before the first step, or when every step so far was skipped
         _make_moments(optimizer)
     _read(folder / "optimizer", _tensors(model, optimizer))
     batches.load_state_dict(values["data"])
-    if len(values["generators"]) == ranks():
-        generator = bytearray(base64.b64decode(values["generators"][rank()]))
-        torch.set_rng_state(torch.frombuffer(generator, dtype=torch.uint8))
+    generators = values.get("generators") or [values["generator"]]  # until 2026-11 there was one
+    if len(generators) == ranks():
+        torch.set_rng_state(_state(generators[rank()]))
+        if on_devices := values.get("device_generators"):
+            _set_device_generator(next(model.parameters()).device, on_devices[rank()])
         torch.set_num_threads(values["threads"])
     else:  # dropout of other rows: no stream can be gone on with
         torch.manual_seed(values["step"] * ranks() + rank())
     log.info("resumed from %s", folder)
     return TrainState(values["step"], values["tokens"], values["seconds"])
+
+
+def _device_generator(device: torch.device) -> dict[str, str]:
+    """The state, by the device's type, of the generator that dropout on `device` draws from; nothing for the CPU."""
+    if device.type == "cuda":
+        return {"cuda": _text(torch.cuda.get_rng_state(device))}
+    return {"mps": _text(torch.mps.get_rng_state())} if device.type == "mps" else {}
+
+
+def _set_device_generator(device: torch.device, stored: dict[str, str]) -> None:
+    """What `_device_generator` gave, put back; a run that goes on on another kind of device draws anew."""
+    if device.type == "cuda" and "cuda" in stored:
+        torch.cuda.set_rng_state(_state(stored["cuda"]), device)
+    elif device.type == "mps" and "mps" in stored:
+        torch.mps.set_rng_state(_state(stored["mps"]))
+
+
+def _text(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _state(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 def _make_moments(optimizer: torch.optim.Optimizer) -> None:

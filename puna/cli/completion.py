@@ -18,6 +18,7 @@ _KNOWN = {
     "--dtype": _DTYPES,
     "--device": ("auto", "cpu", "cuda", "mps"),
     "--save-dtype": ("bf16", "fp32", "fp16"),
+    "--template": ("llama3", "chatml"),
     "--split": ("train", "valid"),
 }  # fmt: skip
 SCRIPTS = {
@@ -105,13 +106,28 @@ def _fitting(command: Any, awaits: Any, given: Sequence[str], current: str) -> S
     places = [p for p in command.params if p.param_type_name == "argument"]
     place = next((p for i, p in enumerate(places) if i == len(given) or p.nargs == -1), None)
     kind = (place.metavar or place.name) if place else ""
+    if kind == "[STEP.KEY=VALUE]...":
+        return _step_words(current)
     if kind == "RECIPE":
         return list(RECIPES)
     if kind == "CONFIG":
         return [*CONFIGS, *RECIPES]
     if kind != "[KEY=VALUE]...":
-        return _KNOWN.get(kind, ())
+        return _KNOWN.get(kind.strip("[]"), ())  # [MODEL]: one that may be left out
     return _key_words(given[0] if given[0] in RECIPES else recipe_of(config_file(given[0])), current)
+
+
+def _step_words(current: str) -> list[str]:
+    """`step.`, and behind it what fits the step's recipe."""
+    from puna.recipes import CONFIGS, config_file, recipe_of
+
+    step, dot, rest = current.partition(".")
+    steps = [name.removeprefix("quickstart/") for name in CONFIGS if name.startswith("quickstart/")]
+    if not dot:
+        return [f"{name}." for name in steps]
+    if step not in steps:
+        return []
+    return [f"{step}.{word}" for word in _key_words(recipe_of(config_file(f"quickstart/{step}")), rest)]
 
 
 def _key_words(recipe: str, current: str) -> list[str]:

@@ -9,7 +9,7 @@ import typer
 from puna.cli.output import Json, print_json, print_rows
 from puna.errors import UsageError
 from puna.files import write_text
-from puna.ranks import ranks
+from puna.ranks import started_as
 
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the config's.", show_default=False)
@@ -36,14 +36,15 @@ def run(
     from puna.recipes import run as run_recipe
 
     settings = load(recipe, config, parse_words(words or []))
-    if nproc > 1 and ranks() == 1:
+    started = started_as().ranks
+    if nproc > 1 and started == 1:
         from puna.dist.launch import launch
         from puna.recipes import check_ranks
 
         check_ranks(settings, nproc)
         raise typer.Exit(launch(nproc, [sys.executable, "-m", "puna", *sys.argv[1:]]))
-    if nproc not in (1, ranks()):
-        raise UsageError(f"--nproc {nproc} among {ranks()} ranks that torchrun started", fix="leave --nproc out")
+    if nproc not in (1, started):
+        raise UsageError(f"--nproc {nproc} among {started} ranks that torchrun started", fix="leave --nproc out")
     run_recipe(recipe, settings)
 
 

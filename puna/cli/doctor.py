@@ -31,6 +31,8 @@ def doctor(
 
     Exit code 5 if a check fails.
     """
+    from puna.config import nearest_path
+
     if dtype not in _DTYPES:
         raise UsageError(f"`{dtype}` is not a dtype", fix=f"--dtype {', '.join(_DTYPES)}")
     if model is None and data is None:
@@ -38,9 +40,11 @@ def doctor(
         return
     if model is None or data is None:
         raise UsageError("a model and its data belong together", fix="puna doctor MODEL --data FILE")
+    data = data.expanduser()  # --data=~/rows.jsonl: no shell reads a `~` behind `=`
     if not data.exists():
-        raise DataError("no such file", where=data)
-    findings = _examine(as_json, model, data.expanduser(), template=template, rows=rows, dtype=dtype, device=device)
+        fix = "--data FILE, of conversations or text, or a folder of token shards"
+        raise DataError("no such file" + nearest_path(data), where=data, fix=fix)
+    findings = _examine(as_json, model, data, template=template, rows=rows, dtype=dtype, device=device)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(5)
 

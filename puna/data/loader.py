@@ -65,7 +65,7 @@ class TokenLoader:
         self, shards: Shards, seq_len: int, batch_size: int, seed: int, mixture: Mapping[str, float] | None = None
     ):
         self.shards, self.seq_len, self.batch_size, self.seed = shards, seq_len, batch_size, seed
-        self.mixture, self.part = dict(mixture or {}), part(batch_size)
+        self.mixture = dict(mixture or {})
         self.epoch = self.index = 0
         # Without a mixture windows may run from one source into the next, as they do between documents.
         self._stretches = shards.sources if self.mixture else [("", shards.tokens)]
@@ -80,7 +80,7 @@ class TokenLoader:
         return self
 
     def __next__(self) -> Batch:
-        starts = [self._next_start() for _ in range(self.batch_size)][self.part]
+        starts = [self._next_start() for _ in range(self.batch_size)][part(self.batch_size)]
         rows = torch.from_numpy(np.stack([self.shards.read(start, self.seq_len + 1) for start in starts]))
         tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         return Batch(tokens, labels, labels.numel())

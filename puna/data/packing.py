@@ -79,14 +79,13 @@ class PackedLoader:
         self.packs = pack([len(r.ids) for r in rows], seq_len)
         digest = hashlib.sha256(repr([(r.ids, r.trained) for r in rows]).encode())
         self.fingerprint = "sha256:" + digest.hexdigest()
-        self.part = part(batch_size)
         self.epoch = self.index = 0
 
     def __iter__(self) -> "PackedLoader":
         return self
 
     def __next__(self) -> Batch:
-        return self.batch([self._next_pack() for _ in range(self.batch_size)][self.part])
+        return self.batch([self._next_pack() for _ in range(self.batch_size)][part(self.batch_size)])
 
     def batch(self, packs: Sequence[Sequence[int]]) -> Batch:
         """The packs as one batch: padding is its own last id, trained nowhere and seen by nobody."""

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from puna.dist.launch import LOST
+from puna.dist.launch import LOST, end_with_launcher
 from puna.errors import ResourceError, UsageError
 from puna.log import log
-from puna.ranks import local_rank, rank, ranks, rows_each
+from puna.ranks import joined, rank, ranks, rows_each, started_as
 
 T = TypeVar("T")
 
@@ -24,24 +24,30 @@ def process_group(device: str) -> Iterator[None]:
     Ends the process with code LOST when another rank is gone: that one, or who started them, tells why.
 
     Raises:
-        UsageError: `device` names one device for all ranks. ResourceError: fewer devices than ranks.
+        UsageError: `device` names one device for all ranks, or cannot be connected. ResourceError: fewer devices than ranks.
     """
-    if ranks() == 1:
+    here = started_as()
+    if here.ranks == 1:
         yield
         return
+    end_with_launcher()
     if ":" in device:
-        raise UsageError(f"device={device} is one device for {ranks()} ranks", fix="device=cuda: each takes its own")
+        raise UsageError(f"device={device} is one device for {here.ranks} ranks", fix="device=cuda: each takes its own")
+    if device == "mps":
+        raise UsageError("ranks cannot be connected between mps devices", fix="device=cpu, or without --nproc")
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
-    if cuda and local_rank() >= torch.cuda.device_count():
+    if cuda and here.local_rank >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ResourceError(f"rank {rank()} has no device: there are {count}", fix=f"--nproc {count}, or device=cpu")
+        raise ResourceError(f"rank {here.rank} has no device: there are {count}", fix=f"--nproc {count}, or device=cpu")
     if cuda:
-        torch.cuda.set_device(local_rank())
-    # A day: ranks wait while the first one reads a large model; a rank that died is noticed by its closed connection.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(days=1))
-    log.info("ranks: %d (%s)", ranks(), "nccl" if cuda else "gloo")
+        torch.cuda.set_device(here.local_rank)
+    # Half an hour: ranks wait while the first one hashes all shards, or writes a large model. One that died is noticed
+    # by its closed connection; this is for one that hangs.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    log.info("ranks: %d (%s)", here.ranks, "nccl" if cuda else "gloo")
     try:
-        yield
+        with joined():
+            yield
     except BaseException as error:  # torch's CheckpointException does not derive from Exception
         if any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
             log.debug("another rank is gone: %s", error)

@@ -7,14 +7,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
+from puna.device import cores
 from puna.errors import ResourceError
 
 LOST = 75
 """Exit code of a rank that ended because another was gone; between ranks and `launch` only."""
 _GRACE = 10.0  # seconds for the others to notice that one has failed
+_PIPE = "PUNA_LAUNCHER"  # the end of a pipe that a rank reads; nothing is ever written to it
 
 
 def launch(nproc: int, command: Sequence[str]) -> int:
@@ -28,7 +31,7 @@ def launch(nproc: int, command: Sequence[str]) -> int:
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // nproc))),
     }
     if sys.platform == "linux":  # else gloo listens on whatever the host's name leads to
         common["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
@@ -36,10 +39,17 @@ def launch(nproc: int, command: Sequence[str]) -> int:
         said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(1, nproc)]
         processes: list[subprocess.Popen[bytes]] = []
         heard = stack.enter_context(_signals_passed_on(processes))
+        alive, held = os.pipe()  # `held` is this process's alone: however it ends, the kernel closes it
+        stack.callback(os.close, alive)
+        stack.callback(os.close, held)
+        common[_PIPE] = str(alive)
         for rank, out in enumerate([None, *said]):
             env = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of its own: Ctrl-C comes through here alone, once, or it would count as a second one.
-            processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True))
+            started = subprocess.Popen(
+                command, env=env, stdout=out, stderr=out, start_new_session=True, pass_fds=[alive]
+            )
+            processes.append(started)
         ended = _wait(processes)
         blamed = _blamed(ended)
         if blamed > 0:
@@ -53,6 +63,17 @@ def launch(nproc: int, command: Sequence[str]) -> int:
             fix="the same command goes on from the newest checkpoint; a smaller batch_size takes less memory",
         )
     return 128 + heard[0] if code < 0 else code
+
+
+def end_with_launcher() -> None:
+    """Send this rank a SIGTERM, at which it saves and ends, when the process that started it is gone, even killed."""
+    if _PIPE in os.environ:
+        threading.Thread(target=_ask_to_end, args=[int(os.environ.pop(_PIPE))], daemon=True).start()
+
+
+def _ask_to_end(pipe: int) -> None:
+    os.read(pipe, 1)  # returns at the end of the file alone
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
@@ -77,15 +98,21 @@ def _blamed(codes: Sequence[int]) -> int:
 
 @contextlib.contextmanager
 def _signals_passed_on(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM go to every rank; yields those that came. No rank outlives the block."""
+    """SIGINT and SIGTERM go to every rank, SIGHUP (a closed terminal) as SIGTERM; yields what was passed on.
+
+    No rank outlives the block.
+    """
     heard: list[int] = []
 
     def pass_on(number: int, _frame: object) -> None:
-        heard.append(number)
+        heard.append(signal.SIGTERM if number == signal.SIGHUP else number)
         for process in processes:
-            process.send_signal(number)
+            process.send_signal(heard[-1])
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup asked for a run that outlives its terminal
+        numbers.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         yield heard
     finally:

@@ -1,5 +1,6 @@
 """The acts of a Llama's life, each a page. `RECIPES` is a static table, so listing them imports nothing."""
 
+import logging
 from collections.abc import Mapping
 from importlib import import_module, resources
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from puna.config import Config, load_config, nearest, nearest_path, read_yaml
 from puna.errors import UsageError
 from puna.log import log, setup_logging
-from puna.ranks import rank, ranks, rows_each
+from puna.ranks import rows_each, started_as
 from puna.train.run_report import write_run_report
 
 RECIPES = {
@@ -85,12 +86,14 @@ def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any
     if not log.handlers:
         setup_logging()
     settings: Any = config if isinstance(config, Config) else load(recipe, config, overrides)
-    check_ranks(settings, ranks())
+    check_ranks(settings, started_as().ranks)
+    if started_as().rank:
+        log.setLevel(logging.ERROR)  # rank 0 speaks for all
     folder = settings.output
     try:
         return _module(recipe).main(settings)
     finally:  # also when a signal, or a kill the last time, came between the run's end and this page
-        ended = rank() == 0 and all((folder / name).exists() for name in ("result.json", "final"))
+        ended = started_as().rank == 0 and all((folder / name).exists() for name in ("result.json", "final"))
         if ended and not (folder / "report.html").exists():
             log.info("report: %s", write_run_report(folder))
 

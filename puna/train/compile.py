@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from puna.device import compile_problem
 from puna.log import log
 from puna.model.transformer import Block, Transformer
 
@@ -15,10 +16,8 @@ def compile_blocks(model: Transformer) -> bool:
     Attention runs on products that no compiler makes faster, and one graph of the whole model takes minutes. The
     first step pays for it: some 20 to 40 s on two cores, a few when the cache of the last time is there.
     """
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
-    except Exception as error:  # no g++, no Python headers, a broken toolchain: each raises something else
-        log.warning("no torch.compile here, training eagerly: %s", str(error).strip().splitlines()[0][:200])
+    if problem := compile_problem():
+        log.warning("no torch.compile here, training eagerly: %s", problem)
         return False
     for layer in model.layers:
         assert isinstance(layer, Block)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from puna import __version__
-from puna.device import calibrate_threads, choose_device, choose_dtype
+from puna.device import calibrate_threads, choose_device, choose_dtype, compile_problem, cores
 from puna.packages import cache
 
 PACKAGES = (
@@ -24,7 +24,6 @@ _UNITS = ("avx", "amx", "bf16", "sve", "neon", "dot")  # what matrix products ar
 _PRELOAD = "LD_PRELOAD"
 _GB = 1e9
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_QUOTA = "/sys/fs/cgroup/cpu.max"
 
 
 class Warned(NamedTuple):
@@ -85,13 +84,6 @@ def warnings(machine: Mapping[str, Any]) -> list[Warned]:
     return found
 
 
-def cores() -> int:
-    """Cores this process may use: its affinity, and the container's quota where there is one."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _text(_QUOTA).partition(" ")
-    return min(allowed, max(1, int(quota) // int(period))) if quota.isdigit() else allowed
-
-
 def memory() -> dict[str, float | None]:
     """GB of the machine, available now, and the container's limit (null: none)."""
     lines = (line.split() for line in _text("/proc/meminfo").splitlines())
@@ -106,19 +98,15 @@ def memory() -> dict[str, float | None]:
 
 
 def compiler() -> dict[str, str]:
-    """Whether torch.compile works here, found out by compiling; what is missing, and what to type."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
-    except Exception as error:  # no g++, no Python headers, a broken toolchain: each raises something else
-        why = str(error).strip().splitlines()[0][:120]
-    else:
+    """Whether torch.compile works here; if not what is missing, and what to type."""
+    if not (why := compile_problem()):
         return {"problem": "", "fix": ""}
     wanted = os.environ.get("CXX", "g++")
     if shutil.which(wanted) is None and shutil.which("clang++") is None:
         return {"problem": f"no C++ compiler ({wanted})", "fix": "apt install g++, or leave compile=false"}
     if "Python.h" in why:
         return {"problem": "no Python headers", "fix": "apt install python3-dev, or leave compile=false"}
-    return {"problem": why, "fix": "leave compile=false"}
+    return {"problem": why[:120], "fix": "leave compile=false"}
 
 
 def flags(environment: Mapping[str, str]) -> dict[str, str]:
