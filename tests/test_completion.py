@@ -121,7 +121,7 @@ def shell(name: str, script: str, path: str, cwd: Path) -> str:
 BASH = r"""
 eval "$(puna completion bash)"
 complete -p puna
-for COMP_LINE in "puna run pre" "puna run pretrain model=cria-1" "puna run pretrain tra" "puna cat no-such"; do
+for COMP_LINE in "puna run pre" "puna run pretrain model=cria-15" "puna run pretrain tra" "puna cat no-such"; do
     COMP_POINT=${#COMP_LINE}
     _puna puna
     echo "$COMP_LINE -> ${COMPREPLY[*]}"
@@ -134,7 +134,7 @@ def test_bash(path: str, tmp_path: Path) -> None:
     assert shell("bash", BASH, path, tmp_path).splitlines() == [
         "complete -o default -F _puna puna",
         "puna run pre -> pretrain",
-        "puna run pretrain model=cria-1 -> cria-15m",
+        "puna run pretrain model=cria-15 -> cria-15m",
         "puna run pretrain tra -> train.",
         "puna cat no-such -> ",
     ]
