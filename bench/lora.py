@@ -38,7 +38,7 @@ def start(parameters: dict[str, Any]) -> None:
             parameters[name].copy_(0.02 * torch.randn(parameters[name].shape, generator=generator))
 
 
-def conversations(path: str, limit: int = 256) -> list[Any]:
+def conversations(path: str, limit: int = 64) -> list[Any]:
     """Rows as the sft recipe encodes them."""
     from puna.checkpoint.registry import load_tokenizer
     from puna.data.conversations import ChatSource, read_conversations

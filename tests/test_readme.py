@@ -53,8 +53,13 @@ ELSEWHERE = {
     "puna quickstart --acts 1": (".ci/wheel", "puna quickstart --acts 1"),
     "puna doctor smollm2-135m --data rows.jsonl": ("tests/test_doctor.py", '["doctor", str(m), "--data", str(rows)'),
 }
-# run here, each by itself; the measuring of bench/lora.py takes minutes and a machine of its own, so it only starts
-ALONE = {"puna chat smollm2-135m": ["--max-tokens", "2"], "python bench/lora.py": ["--help"]}
+# run here, each by itself; measuring takes minutes and a machine of its own, so benchmarks only start
+ALONE = {
+    "puna chat smollm2-135m": ["--max-tokens", "2"],
+    "python bench/lora.py": ["--help"],
+    "python bench/pretrain.py": ["--help"],
+    "python bench/generate.py": ["--help"],
+}
 
 
 def commands(text: str) -> list[str]:
