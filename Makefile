@@ -10,7 +10,7 @@ INDEX  := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
 .PHONY: setup quickstart test check clean
 
-quickstart: .venv/core  ## three acts from raw text to a tuned Llama, about nine minutes with installation
+quickstart: .venv/core  ## three acts from raw text to a tuned Llama, about eight minutes with installation
 	$(BIN)/puna quickstart
 
 test: .venv/dev  ## all tests; PUNA_TEST_ASSETS=FOLDER adds those on real tokenizers and checkpoints
