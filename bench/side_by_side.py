@@ -44,7 +44,7 @@ def compare(
         units: what one step processes.
         loss_within: how far the losses of the first step may lie apart before the work is not the same.
         device: whose memory is meant: the process's on a CPU, the allocator's on a CUDA device.
-        reference: the same work in fp32; with it, the first side's gradients have to be as close to it as a peer's.
+        reference: the same work in fp32; the first side's gradients have to be about as close to it as a peer's.
     """
     workers = {name: _Worker(side) for name, side in sides.items()}
     if reference is not None:
@@ -81,7 +81,7 @@ def _check_gradients(workers: dict[str, "_Worker"], reference: Side) -> None:
     shared = [name for name in exact if all(name in gradients for gradients in found)]
     ours, *peers = [_distance(gradients, exact, shared) for gradients in found]
     print("distance of the gradients to fp32: " + ", ".join(f"{d:.2%}" for d in (ours, *peers)))
-    if ours > 1.05 * max(peers):
+    if ours > 1.2 * max(peers):  # orders of bf16 rounding that are all right differ by a tenth in a deep model
         raise SystemExit("not the same work: gradients are further from fp32 than every peer's")
 
 

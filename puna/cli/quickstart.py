@@ -47,7 +47,7 @@ def quickstart(
     acts: Annotated[int, typer.Option(help="Stop after so many acts.", min=1, max=3)] = 3,
     offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing; use what is installed.")] = False,
 ) -> None:
-    """Three acts, about nine minutes on two cores: a Llama is born, learns to chat, and a real one is fine-tuned."""
+    """Three acts, about eight minutes on two cores: a Llama is born, learns to chat, and a real one is fine-tuned."""
     from puna.recipes import load
     from puna.recipes import run as run_recipe
 
