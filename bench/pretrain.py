@@ -53,7 +53,8 @@ def puna_side(folder: str, size: tuple[int, int, int], compiled: bool) -> Work:
 
     shape = ModelConfig(
         dim=DIM, n_layers=LAYERS, n_heads=HEADS, n_kv_heads=HEADS, head_dim=DIM // HEADS, ffn_dim=FFN,
-        vocab_size=size[2], max_seq_len=2048, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=False,
+        vocab_size=size[2], max_seq_len=2048, rope_theta=1e4, rope_scaling=None, norm_eps=1e-5,
+        tie_embeddings=False,
     )  # fmt: skip
     model = build_model(shape, torch.bfloat16)
     materialize(model, torch.device("cpu"))

@@ -131,6 +131,9 @@ def _serve(side: Side, pipe: Any) -> None:
     except ImportError as error:
         pipe.send(f"a peer is not installed: {error}")
         return
+    except Exception as error:  # told by the parent, which would wait for a process that is gone
+        pipe.send(f"{type(error).__name__}: {error}")
+        return
     pipe.send("ready")
     while (asked := pipe.recv()) != "end":
         if asked == "peak":
