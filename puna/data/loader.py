@@ -74,6 +74,7 @@ class TokenLoader:
                 f"the split has {shards.tokens:,} tokens, too few for windows of seq_len={seq_len}",
                 where=shards.folder, fix="more text, or a smaller seq_len",
             )  # fmt: skip
+        self._current: tuple[int, list[_Draw]] | None = None
         self._check_mixture()
 
     def __iter__(self) -> "TokenLoader":
@@ -135,7 +136,9 @@ class TokenLoader:
                 )  # fmt: skip
 
     def _next_start(self) -> int:
-        draws = self._draws(self.epoch)
+        if self._current is None or self._current[0] != self.epoch:  # once an epoch, not for each of its windows
+            self._current = self.epoch, self._draws(self.epoch)
+        draws = self._current[1]
         count = sum(d.drawn for d in draws)
         place = permute(self.index, count, self._key("order"))
         start = self._start(place, draws)
