@@ -20,7 +20,7 @@ from puna.checkpoint.model_directory import save_model
 from puna.config import parse_words
 from puna.device import choose_device
 from puna.dist.collectives import part, process_group
-from puna.dist.launch import launch
+from puna.dist.launch import LOST, _blamed, launch
 from puna.errors import ResourceError, UsageError
 from puna.log import Metrics, log, setup_logging
 from puna.lora import LoraConfig
@@ -118,6 +118,13 @@ def test_a_rank_that_fails_ends_all(shards: Path, tmp_path: Path, capfd: pytest.
     losses = [[row["loss"] for row in rows(folder) if "loss" in row] for folder in (tmp_path / "run", whole)]
     assert len(losses[0]) == 12
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_first_cause_is_blamed() -> None:
+    """A rank that aborted because another had been killed was called the one that ran out of memory."""
+    killed, abort = -signal.SIGKILL, -signal.SIGABRT
+    cases = {(abort, killed): 1, (LOST, 6): 1, (abort, 6): 1, (0, abort): 1, (LOST, LOST): 0, (0, 0): 0}
+    assert {codes: _blamed(codes) for codes in cases} == cases
 
 
 def test_no_rank_outlives_who_started_it(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from test_model import BASE, build
 import puna
 from puna.checkpoint.gguf import open_gguf
 from puna.checkpoint.gguf_blocks import BF16, F16, F32, Q4_0, Q4_1, Q8_0
-from puna.checkpoint.gguf_model import _BLOCK, load_gguf
+from puna.checkpoint.gguf_model import _BLOCK, open_gguf_model
 from puna.checkpoint.registry import REGISTERED
 from puna.errors import CheckpointError, DataError
 from puna.infer.llama import Llama
@@ -107,7 +107,8 @@ def test_a_model_survives_the_format(tied: bool, tmp_path: Path) -> None:
     size = len(vocabulary()["tokenizer.ggml.tokens"])
     changed = {"n_kv_heads": 2, "head_dim": 16, "vocab_size": size, "tie_embeddings": tied, "norm_eps": 1e-5}
     model = build(ModelConfig(**{**BASE, **changed})).eval()
-    loaded, tokenizer = load_gguf(tiny(tmp_path / "m.gguf", model), torch.float32, torch.device("cpu"))
+    stored = open_gguf_model(tiny(tmp_path / "m.gguf", model))
+    loaded, tokenizer = stored.load(torch.float32, torch.device("cpu")), stored.read_tokenizer()
     assert loaded.config == model.config
     tokens = torch.randint(0, size, (2, 20), generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded(tokens), model(tokens))
@@ -128,10 +129,10 @@ def test_missing_tensors_and_strange_models_are_named(tmp_path: Path) -> None:
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xp.weight"))
     with pytest.raises(CheckpointError, match=r"missing layers\.1\.mlp\.up_proj\.weight.*unexpected blk\.1\.ffn_xp"):
-        load_gguf(path, torch.float32, torch.device("cpu"))
+        open_gguf_model(path).load(torch.float32, torch.device("cpu"))
     other = write(tmp_path / "o.gguf", {"general.architecture": "mamba"}, {"x": (np.ones((1, 32), np.float32), F32)})
     with pytest.raises(CheckpointError, match="mamba"):
-        load_gguf(other, torch.float32, torch.device("cpu"))
+        open_gguf_model(other)
     with pytest.raises(DataError, match="bert"):
         vocab_files({**vocabulary(), "tokenizer.ggml.model": "bert"})
     with pytest.raises(DataError, match="repeated"):
@@ -220,7 +221,7 @@ def test_random_damage_raises_nothing_else(tmp_path: Path) -> None:
             damaged[rng.randrange(9000)] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
         path.write_bytes(damaged[: rng.choice([len(raw), rng.randrange(len(raw))])])
         with contextlib.suppress(CheckpointError, DataError):
-            load_gguf(path, torch.float32, torch.device("cpu"))
+            open_gguf_model(path).load(torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from test_gguf import tiny, vocabulary
 from test_model import BASE, build
 
 from puna.checkpoint import adapter, gguf_model, model_directory, train_state
+from puna.checkpoint.stored import Stored
 from puna.data.packing import PackedLoader
 from puna.eval.doctor.case import Case, open_case
 from puna.eval.doctor.diagnose import CHECKS, diagnose
@@ -181,12 +182,12 @@ def clipped_before_division(sound: Function) -> Function:
 
 
 def untied(sound: Function) -> Function:
-    def load_model(*given: Any) -> Any:
+    def load(*given: Any) -> Any:
         model = sound(*given)
         model.lm_head.weight = torch.nn.Parameter(model.embed_tokens.weight.detach().clone())
         return model
 
-    return load_model
+    return load
 
 
 def everything_decays(sound: Function) -> Function:
@@ -289,7 +290,7 @@ FAULTS = {
         lambda sound: lambda path, values: sound(path, {k: v[:1] if k == "eos_token_id" and isinstance(v, list) else v
                                                         for k, v in values.items()}), "reload", "more stops"),
     "a tied head loaded as its own": Fault("embedding and head drift apart in training",
-        model_directory, "load_model", untied, "reload"),
+        Stored, "load", untied, "reload"),
 }  # fmt: skip
 
 

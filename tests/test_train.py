@@ -24,7 +24,7 @@ from test_model import BASE, build
 
 import puna
 from puna.checkpoint import train_state
-from puna.checkpoint.model_directory import load_model, read_json
+from puna.checkpoint.model_directory import open_model_directory, read_json
 from puna.data.loader import Batch
 from puna.data.shards import Shards
 from puna.errors import CheckpointError, DataError, NumericError, ResourceError, UsageError
@@ -399,7 +399,7 @@ def test_transformers_directories_load(tmp_path: Path, finished: Path) -> None:
     model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(str(finished / "final")))
     model.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
-    ours = load_model(tmp_path / "hf", torch.float32, CPU)
+    ours = open_model_directory(tmp_path / "hf").load(torch.float32, CPU)
     tokens = torch.arange(20)[None]
     assert (model(tokens).logits - ours(tokens)).abs().max() < 1e-5
 

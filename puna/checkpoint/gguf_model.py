@@ -1,16 +1,15 @@
 """A Llama out of a GGUF file: config, weights with their names and head order, and the tokenizer inside."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from puna.checkpoint.gguf import Gguf, open_gguf
-from puna.checkpoint.names import name_problems
+from puna.checkpoint.stored import Stored, Weight
 from puna.errors import CheckpointError
 from puna.model.config import ModelConfig
-from puna.model.init import build_model, materialize
-from puna.model.transformer import Transformer
 from puna.tokenizer.gguf_vocab import vocab_files
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -23,31 +22,24 @@ _BLOCK = {
 _TOP = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 
 
-def load_gguf(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """The model, dequantized to `dtype`, and its tokenizer.
+def open_gguf_model(path: Path) -> Stored:
+    """A GGUF file as a model; its tensors are dequantized to fp32 when they are read.
 
     Raises:
-        CheckpointError: damaged, another architecture, or tensors that do not fit (all are listed).
+        CheckpointError: damaged, or another architecture.
     """
     file = open_gguf(path)
     config = gguf_config(file)
-    model = build_model(config, dtype)
-    materialize(model, device, dtype)
-    targets = {n: p for n, p in model.named_parameters() if not (config.tie_embeddings and n.startswith("lm_head."))}
-    found = {_our_name(name): name for name in file.names()}
-    problems = name_problems(targets, found)
-    for name, target in targets.items():
-        if name in found and file.shape(found[name]) != tuple(target.shape):
-            problems.append(f"{name} is {file.shape(found[name])}, the header says {tuple(target.shape)}")
-    if problems:
-        raise CheckpointError("does not fit its header: " + "; ".join(problems), where=path)
-    with torch.no_grad():
-        for name, target in targets.items():
-            weights = torch.from_numpy(file.read(found[name]))
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                weights = _to_halves(weights, config.head_dim)
-            target.copy_(weights)
-    return model.eval(), gguf_tokenizer(file)
+    weights = {_our_name(name): _weight(file, name, config) for name in file.names()}
+    return Stored(path, "gguf", config, weights, file.kinds(), [path], partial(gguf_tokenizer, file))
+
+
+def _weight(file: Gguf, name: str, config: ModelConfig) -> Weight:
+    def read() -> torch.Tensor:
+        weight = torch.from_numpy(file.read(name))
+        return _to_halves(weight, config.head_dim) if name.endswith(("attn_q.weight", "attn_k.weight")) else weight
+
+    return Weight(file.shape(name), torch.float32, read)
 
 
 def gguf_config(file: Gguf) -> ModelConfig:

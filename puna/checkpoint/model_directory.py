@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from puna.checkpoint.names import DTYPES, from_disk_name, from_hf_config, name_problems, to_disk_name, to_hf_config
+from puna.checkpoint.names import DTYPES, from_disk_name, from_hf_config, to_disk_name, to_hf_config
+from puna.checkpoint.stored import Stored, Weight
 from puna.dist.fsdp import gathered
 from puna.errors import CheckpointError
 from puna.files import write_json
-from puna.model.init import build_model, materialize
 from puna.model.transformer import Transformer
 from puna.ranks import rank
 from puna.tokenizer.tokenizer import Tokenizer
 
 _SHARD_BYTES = 5_000_000_000
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INDEX = "model.safetensors.index.json"
 
 
@@ -50,38 +51,22 @@ def save_model(
     write_json(folder / "puna.json", {**lineage, "tokenizer": tokenizer.fingerprint})
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Transformer:
-    """The model with its weights and activations in `dtype` on `device`.
+def open_model_directory(folder: Path) -> Stored:
+    """A model directory as puna, transformers and others write it.
 
     Raises:
-        CheckpointError: no such model, damaged files, or names and shapes that do not fit (all are listed).
+        CheckpointError: no such model, damaged files, or an architecture that puna does not compute.
     """
     config = from_hf_config(read_json(folder / "config.json"), folder / "config.json")
-    model = build_model(config, dtype)
-    materialize(model, device, dtype)
-    targets = {n: p for n, p in model.named_parameters() if not (config.tie_embeddings and n.startswith("lm_head."))}
     files = weight_files(folder)
-    found = {from_disk_name(n): (n, file) for file in files for n in _tensor_names(file)}
+    weights = {from_disk_name(name): weight for file in files for name, weight in _weights(file).items()}
     if config.tie_embeddings:
-        found.pop("lm_head.weight", None)  # some writers store the tied head a second time
-    problems = name_problems(targets, found)
-    handles = {file: safe_open(file, framework="pt") for file in files}
-    for name, target in targets.items():
-        if name not in found:
-            continue
-        disk_name, file = found[name]
-        stored = handles[file].get_slice(disk_name)
-        shape = tuple(stored.get_shape())
-        if stored.get_dtype() not in _FLOATS:
-            problems.append(f"{name} is stored as {stored.get_dtype()}")
-        elif shape != tuple(target.shape):
-            problems.append(f"{name} is {shape}, the config says {tuple(target.shape)}")
-        elif not problems:
-            with torch.no_grad():
-                target.copy_(handles[file].get_tensor(disk_name))
-    if problems:
-        raise CheckpointError("does not fit its config: " + "; ".join(problems), where=folder)
-    return model.eval()
+        weights.pop("lm_head.weight", None)  # some writers store the tied head a second time
+    lineage = read_json(folder / "puna.json") if (folder / "puna.json").exists() else {}
+    return Stored(
+        folder, "hf", config, weights, stored_dtype(files[0]), files, lambda: Tokenizer(folder),
+        read_stop_ids(folder), lineage,
+    )  # fmt: skip
 
 
 def read_stop_ids(folder: Path) -> list[int]:
@@ -143,11 +128,18 @@ def stored_dtype(file: Path) -> str:
         return handle.get_slice(next(iter(handle.keys()))).get_dtype()
 
 
-def _tensor_names(file: Path) -> list[str]:
+def _weights(file: Path) -> dict[str, Weight]:
+    """The tensors of a safetensors file by their disk names."""
     try:
-        with safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
+        handle = safe_open(file, framework="pt")
     except FileNotFoundError:
         raise CheckpointError(f"no {file.name} here", where=file.parent, cause="an incomplete copy") from None
     except SafetensorError as error:
         raise CheckpointError(f"damaged: {error}", where=file, cause="an incomplete copy") from None
+    weights = {}
+    for name in handle.keys():  # noqa: SIM118
+        part = handle.get_slice(name)
+        if part.get_dtype() not in _FLOATS:
+            raise CheckpointError(f"{name} is stored as {part.get_dtype()}", where=file, cause="a quantized model")
+        weights[name] = Weight(tuple(part.get_shape()), _FLOATS[part.get_dtype()], partial(handle.get_tensor, name))
+    return weights

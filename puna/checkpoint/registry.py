@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from puna.checkpoint.gguf import open_gguf
-from puna.checkpoint.gguf_model import gguf_tokenizer
-from puna.checkpoint.model_directory import checkpoints
+from puna.checkpoint.gguf_model import open_gguf_model
+from puna.checkpoint.model_directory import checkpoints, open_model_directory
+from puna.checkpoint.stored import Stored
 from puna.config import nearest, nearest_path
 from puna.errors import CheckpointError
 from puna.packages import Package
@@ -45,12 +45,26 @@ def find_model(name: str | Path) -> Path:
     )  # fmt: skip
 
 
+def open_model(name: str | Path) -> Stored:
+    """Anything `find_model` finds as an open model; no weights are read.
+
+    Raises:
+        CheckpointError: nothing there, an adapter (it has no model of its own), or files that cannot be read.
+    """
+    found = find_model(name)
+    if (found / "adapter_config.json").exists():
+        raise CheckpointError(
+            "an adapter, not a whole model", where=found, fix=f"puna merge {found} FOLDER, then use FOLDER"
+        )
+    return open_gguf_model(found) if found.suffix == ".gguf" else open_model_directory(found)
+
+
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """The tokenizer of a tokenizer folder, or of anything `find_model` finds; no weights are read."""
     if (Path(name).expanduser() / "tokenizer.json").exists():
         return Tokenizer(Path(name).expanduser())
     found = find_model(name)
-    return gguf_tokenizer(open_gguf(found)) if found.suffix == ".gguf" else Tokenizer(found)
+    return Tokenizer(found) if (found / "adapter_config.json").exists() else open_model(found).read_tokenizer()
 
 
 def _holds_model(folder: Path) -> bool:

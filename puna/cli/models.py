@@ -61,32 +61,21 @@ def inspect(path: Model, as_json: bool = Json) -> None:
     """What a model is, without loading its weights."""
     from puna.checkpoint.adapter import CONFIG as ADAPTER
     from puna.checkpoint.adapter import adapter_config, base_of
-    from puna.checkpoint.gguf import open_gguf
-    from puna.checkpoint.gguf_model import gguf_config, gguf_tokenizer
-    from puna.checkpoint.model_directory import read_json, stored_dtype, weight_files
-    from puna.checkpoint.names import from_hf_config
-    from puna.checkpoint.registry import find_model
+    from puna.checkpoint.registry import find_model, open_model
     from puna.model.config import count_parameters
-    from puna.tokenizer.tokenizer import Tokenizer
 
     found = find_model(path)
     if (found / ADAPTER).exists():
         print_fields({"path": str(found), "adapter of": base_of(found), **adapter_config(found).model_dump()}, as_json)
         return
-    lineage: dict[str, Any] = {}
-    if found.suffix == ".gguf":
-        file = open_gguf(found)
-        shape, tokenizer, files, stored = gguf_config(file), gguf_tokenizer(file), [found], file.kinds()
-    else:
-        shape = from_hf_config(read_json(found / "config.json"), found / "config.json")
-        tokenizer, files = Tokenizer(found), weight_files(found)
-        stored = stored_dtype(files[0])
-        lineage = read_json(found / "puna.json") if (found / "puna.json").exists() else {}
+    stored = open_model(found)
+    shape, tokenizer, lineage = stored.config, stored.read_tokenizer(), stored.lineage
+    size = sum(f.stat().st_size for f in stored.files) / 1e6
     fields: dict[str, Any] = {
         "path": str(found),
         "parameters": count_parameters(shape),
         **shape.model_dump(),
-        "weights": f"{stored}, {sum(f.stat().st_size for f in files) / 1e6:,.1f} MB in {len(files)} file(s)",
+        "weights": f"{stored.storage}, {size:,.1f} MB in {len(stored.files)} file(s)",
         "tokenizer": f"{tokenizer.vocab_size} ids, BOS {tokenizer.bos_id}, stops at {tokenizer.stop_ids}",
         "lineage": {k: lineage.get(k) for k in ("puna", "recipe", "data", "metrics")} if lineage else None,
     }

@@ -91,8 +91,16 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def _blamed(codes: Sequence[int]) -> int:
-    """The rank whose end explains the others': killed, else failed by itself, else any that did not end well."""
-    kinds = (lambda code: code < 0, lambda code: code not in (0, LOST), bool, lambda code: True)
+    """The rank whose end explains the others': killed, else failed by itself, else any that did not end well.
+
+    A rank that loses another may abort (gloo's threads end it), so that one comes after those that failed by themselves.
+    """
+    kinds = (
+        lambda code: code < 0 and code != -signal.SIGABRT,
+        lambda code: code not in (0, LOST, -signal.SIGABRT),
+        bool,
+        lambda code: True,
+    )
     return next(rank for kind in kinds for rank, code in enumerate(codes) if kind(code))
 
 

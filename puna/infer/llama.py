@@ -11,9 +11,8 @@ from torch import Tensor
 
 from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import base_of, load_adapter
-from puna.checkpoint.gguf_model import load_gguf
-from puna.checkpoint.model_directory import load_model, read_stop_ids, save_model
-from puna.checkpoint.registry import find_model
+from puna.checkpoint.model_directory import save_model
+from puna.checkpoint.registry import find_model, open_model
 from puna.device import choose_device, choose_dtype
 from puna.errors import UsageError
 from puna.files import atomic_folder
@@ -93,8 +92,7 @@ def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
         tokenizer = Tokenizer(found)
         stops = dict.fromkeys([*tokenizer.stop_ids, *base.stop_ids])
         return Llama(base.model.eval(), tokenizer, found, list(stops))
-    if found.suffix == ".gguf":
-        model, tokenizer = load_gguf(found, compute, where)
-        return Llama(model, tokenizer, found, tokenizer.stop_ids)
-    model, tokenizer = load_model(found, compute, where), Tokenizer(found)
-    return Llama(model, tokenizer, found, list(dict.fromkeys([*tokenizer.stop_ids, *read_stop_ids(found)])))
+    stored = open_model(found)
+    tokenizer = stored.read_tokenizer()
+    stops = dict.fromkeys([*tokenizer.stop_ids, *stored.stop_ids])
+    return Llama(stored.load(compute, where), tokenizer, found, list(stops))
