@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from puna.device import keep_freed_memory
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads slow each other down on few cores
 
 
@@ -126,6 +128,7 @@ def _serve(side: Side, pipe: Any) -> None:
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    keep_freed_memory()  # puna's recipes do it; every side gets it
     try:
         work = side()
     except ImportError as error:

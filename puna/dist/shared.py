@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from puna.config import RecipeConfig
-from puna.device import calibrate_threads
+from puna.device import calibrate_threads, keep_freed_memory
 from puna.dist.collectives import from_first, largest, on_first, process_group
 from puna.ranks import rank, ranks
 from puna.run_folder import Run, open_run
@@ -27,7 +27,8 @@ def stop_together(run: Run, what: str) -> None:
     run.stop.check(what)
 
 
-def use_threads(run: Run) -> None:
-    """CPU threads of a rank, calibrated while all ranks calibrate, once for each number of ranks a run has had."""
+def use_machine(run: Run) -> None:
+    """The allocator's setting, and the CPU threads of a rank: calibrated once for each number of ranks a run has had."""
+    keep_freed_memory()
     name = "threads" if ranks() == 1 else f"threads_of_{ranks()}_ranks"
-    torch.set_num_threads(run.once(name, calibrate_threads))
+    torch.set_num_threads(run.once(name, calibrate_threads))  # all ranks calibrate at the same time

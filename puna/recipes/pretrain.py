@@ -17,7 +17,7 @@ from puna.data.shards import Shards
 from puna.device import choose_device, choose_dtype
 from puna.dist.collectives import from_first, on_first
 from puna.dist.fsdp import shard
-from puna.dist.shared import shared_run, stop_together, use_threads
+from puna.dist.shared import shared_run, stop_together, use_machine
 from puna.errors import UsageError
 from puna.eval.perplexity import bits_per_byte
 from puna.files import atomic_folder, write_json
@@ -78,7 +78,7 @@ def main(config: Config) -> Path:
     batches = TokenLoader(train, config.seq_len, config.batch_size, config.seed, config.mixture)
     with shared_run(config) as run:
         device = choose_device(config.device)
-        use_threads(run)
+        use_machine(run)
         tokenizer = Tokenizer(config.data / "tokenizer")
         from_first(train.verify)
         model = _model(config, tokenizer, device)

@@ -19,7 +19,7 @@ from puna.data.packing import PackedLoader, encode_conversations, split_rows
 from puna.device import choose_dtype
 from puna.dist.collectives import from_first, on_first
 from puna.dist.fsdp import shard
-from puna.dist.shared import shared_run, stop_together, use_threads
+from puna.dist.shared import shared_run, stop_together, use_machine
 from puna.errors import DataError
 from puna.eval.conversations import mean_loss, replies
 from puna.eval.tasks import TaskConfig, check_tasks, compare, evaluate_tasks
@@ -100,7 +100,7 @@ def main(config: Config) -> Path:
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
         tokenizer, rows = encode(config, load_tokenizer(config.model), config.data)
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
-        use_threads(run)
+        use_machine(run)
         base = _load(config)
         llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
         train, valid = split_rows(rows, config.valid_fraction)
