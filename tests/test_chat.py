@@ -9,7 +9,7 @@ from puna.data.conversations import Conversation
 from puna.data.packing import PackedLoader, encode_conversations
 from puna.errors import DataError, UsageError
 from puna.ops.cross_entropy import IGNORE
-from puna.tokenizer.chat import BUNDLED, ChatFormat, bundled
+from puna.tokenizer.chat import ChatFormat, bundled
 from puna.tokenizer.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -72,7 +72,7 @@ CONVERSATIONS = {
 
 @pytest.mark.parametrize("train", ["all", "last"])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize("template", BUNDLED)
+@pytest.mark.parametrize("template", PIECES)
 def test_trained_tokens_equal_a_hand_written_oracle(
     template: str, name: str, train: str, tokenizers_by_template: dict[str, Tokenizer]
 ) -> None:
@@ -87,7 +87,7 @@ def test_trained_tokens_equal_a_hand_written_oracle(
 
 @pytest.mark.parametrize("pad", ["another id", "the end-of-turn id"])
 @pytest.mark.parametrize("seq_len", [75, 200])
-@pytest.mark.parametrize("template", BUNDLED)
+@pytest.mark.parametrize("template", PIECES)
 def test_packed_labels_equal_the_oracle(
     template: str, seq_len: int, pad: str, tokenizers_by_template: dict[str, Tokenizer]
 ) -> None:
@@ -124,7 +124,7 @@ def test_an_end_that_generation_ignores_is_refused(tokenizers_by_template: dict[
         ChatFormat(tokenizer, source).encode(TURNS)
 
 
-@pytest.mark.parametrize("template", BUNDLED)
+@pytest.mark.parametrize("template", PIECES)
 def test_honest_text_equals_transformers(template: str, tokenizers_by_template: dict, tmp_path: Path) -> None:
     """The same bytes and ids as apply_chat_template, with and without a generation prompt."""
     tokenizer = tokenizers_by_template[template]
@@ -141,7 +141,7 @@ def test_honest_text_equals_transformers(template: str, tokenizers_by_template: 
         assert ours.encode(messages).ids == theirs.apply_chat_template(messages, return_dict=False)
 
 
-@pytest.mark.parametrize("template", BUNDLED)
+@pytest.mark.parametrize("template", PIECES)
 def test_typed_control_strings_stay_text(template: str, tokenizers_by_template: dict[str, Tokenizer]) -> None:
     """A user who types a turn's end and a system header would otherwise write the system's message."""
     tokenizer = tokenizers_by_template[template]
@@ -164,7 +164,7 @@ def test_typed_control_strings_stay_text(template: str, tokenizers_by_template: 
 
 def test_the_prompt_is_a_prefix_of_what_was_trained(tokenizers_by_template: dict[str, Tokenizer]) -> None:
     """What is generated from and what was trained on must be the same ids, answers that begin with a line break too."""
-    for template in BUNDLED:
+    for template in PIECES:
         chat = ChatFormat(tokenizers_by_template[template], template)
         messages = [*TURNS[:3], {"role": "assistant", "content": "\n\nThey graze."}]
         ids = chat.encode(messages).ids
