@@ -1,14 +1,19 @@
 """Conversations to ids: what is trained, what control strings become, and equality with transformers."""
 
+import base64
+import gzip
+import json
 from pathlib import Path
 
 import pytest
 import transformers
 
-from puna.data.conversations import Conversation
+from puna.data.conversations import ChatSource, Conversation, read_conversations
 from puna.data.packing import PackedLoader, encode_conversations
 from puna.errors import DataError, UsageError
+from puna.eval.doctor.data_checks import stretches_of
 from puna.ops.cross_entropy import IGNORE
+from puna.tokenizer.bpe import save_bpe
 from puna.tokenizer.chat import ChatFormat, bundled
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -194,15 +199,18 @@ def test_templates_are_confined(tokenizers_by_template: dict[str, Tokenizer]) ->
         ChatFormat(tokenizer)
 
 
-def test_meta_golden_dialog(assets: Path, tmp_path: Path) -> None:
-    """Meta's own test vector for Llama 3's dialog format."""
-    import base64
-
-    from puna.tokenizer.bpe import save_bpe
-
+@pytest.fixture(scope="module")
+def llama3(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Llama 3's own tokenizer."""
+    folder = tmp_path_factory.mktemp("llama3")
     lines = (assets / "tokenizers/llama3/tokenizer.model").read_bytes().splitlines()
-    save_bpe({base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}, tmp_path)
-    chat = ChatFormat(Tokenizer(tmp_path), "llama3")
+    save_bpe({base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}, folder)
+    return Tokenizer(folder)
+
+
+def test_meta_golden_dialog(llama3: Tokenizer) -> None:
+    """Meta's own test vector for Llama 3's dialog format."""
+    chat = ChatFormat(llama3, "llama3")
     messages = [
         {"role": "system", "content": "This is a test sentence."},
         {"role": "user", "content": "This is a response."},
@@ -211,3 +219,22 @@ def test_meta_golden_dialog(assets: Path, tmp_path: Path) -> None:
         128000, 128006, 9125, 128007, 271, 2028, 374, 264, 1296, 11914, 13, 128009, 128006, 882, 128007, 271,
         2028, 374, 264, 2077, 13, 128009, 128006, 78191, 128007, 271,
     ]  # fmt: skip
+
+
+def test_a_hundred_real_conversations_with_tools(assets: Path, llama3: Tokenizer) -> None:
+    """Glaive's rows under Llama 3's own tokenizer: every call comes back, no observation is trained."""
+    chat = ChatFormat(llama3, "llama3.1", date_string="26 Jul 2024")
+    path = assets / "sft/glaive_toolcall_en_demo.json.gz"
+    raw, calls = json.loads(gzip.decompress(path.read_bytes())), 0
+    for number, (_, messages, tools) in enumerate(read_conversations(ChatSource(path=path, limit=100))):
+        ids, trained = chat.encode(messages, tools=tools)
+        learned = [chat.parse(ids[start:end]) for start, end in stretches_of(trained)]
+        spoken = [t for t in raw[number]["conversations"] if t["from"] in ("gpt", "function_call")]
+        for message, said in zip(learned, spoken, strict=True):
+            if said["from"] == "gpt":
+                assert message == {"role": "assistant", "content": said["value"].strip()}
+            else:
+                asked = json.loads(said["value"])
+                assert message["tool_calls"] == [{"type": "function", "function": asked}]
+                calls += 1
+    assert calls > 60

@@ -17,7 +17,7 @@ from puna.log import log
 from puna.tokenizer.continuation import Continuation
 from puna.tokenizer.faithful import Marked, check_complete, follows
 from puna.tokenizer.messages import PRIVATE, Message, Tool, map_text, plain_messages, plain_tools
-from puna.tokenizer.sandbox import ChatTemplate
+from puna.tokenizer.sandbox import ChatTemplate, compiled
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.tokenizer.tools import read_calls
 
@@ -248,7 +248,7 @@ class ChatFormat:
     @cached_property
     def _template(self) -> ChatTemplate:
         try:
-            return ChatTemplate(self.source)
+            return compiled(self.source)
         except DataError as error:
             raise DataError(error.what, where=self.tokenizer.where, cause=error.cause) from None
 

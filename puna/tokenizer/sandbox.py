@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from functools import wraps
+from functools import lru_cache, wraps
 from itertools import islice
 from typing import Any
 
@@ -72,6 +72,10 @@ class ChatTemplate:
         finally:
             ALLOWANCE.reset(before)
         return "".join(pieces)
+
+
+compiled = lru_cache(maxsize=64)(ChatTemplate)
+"""The template of a source, compiled once: that takes longer than rendering it."""
 
 
 class _Confined(ImmutableSandboxedEnvironment):
