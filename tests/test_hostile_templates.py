@@ -117,6 +117,8 @@ def test_bombs_are_refused_before_they_go_off(name: str, exploded: dict[str, lis
 
 
 HONEST = [
+    "{% for m in messages %}{{ m.content.replace('<b>', '').split(' ')|join('_') }}{{ 'a'.join(['b']) }}{% endfor %}",
+    "{{ '{}: {role!r} {0[1]}'.format('xy', role=messages[0].role) }}{{ '<'|safe + '&' }}{{ '<' + '&' }}",
     "{{ messages|map(attribute='role')|join('-') }}{{ messages|join(',', attribute='content') }}",
     "{% for m in messages if m.role != 'system' %}{{ loop.index ~ m.content }}{% else %}none{% endfor %}",
     "{% for key, value in messages[0].items() %}{{ key }}={{ value }}{% endfor %}{{ messages[0]|items|list }}",

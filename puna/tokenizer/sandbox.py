@@ -2,7 +2,7 @@
 
 No clock is asked and nothing is undone: what a template is about to do (run a loop's body, walk through a value, make
 a text) is charged to an allowance before it happens, and the size of the conversation sets the allowance. Filters and
-methods that could make much out of little (center, format, batch) are not there.
+methods that could make much out of little (center, ljust, batch) are not there.
 """
 
 import json
@@ -18,7 +18,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import make_attrgetter
 from jinja2.runtime import Undefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 
 from puna.errors import DataError
@@ -29,8 +29,8 @@ MAX_SOURCE, _MAX_TOKENS = 1 << 16, 12_000  # the longest template of a published
 _MAX_BITS = 4096  # of a whole number: counting needs no more
 _FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "groupby", "int", "items", "last",
-    "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr", "sort",
-    "string", "sum", "title", "trim", "unique", "upper",
+    "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe", "select", "selectattr",
+    "sort", "string", "sum", "title", "trim", "unique", "upper",
 )  # fmt: skip
 _TEXT_METHODS = (
     "capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdigit", "islower", "isnumeric",
@@ -87,7 +87,7 @@ class _Confined(ImmutableSandboxedEnvironment):
         # Not optimized: that would run constant expressions while compiling, before anything is charged.
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, _Generation])
         self.filters = {name: _bounded(self.filters[name]) for name in _FILTERS}
-        self.filters |= {"tojson": _to_json, "safe": lambda text: text, "charged": charge, "looked": look}
+        self.filters |= {"tojson": _to_json, "charged": charge, "looked": look}
         self.filters |= {"replace": _replace, "join": _join_filter, "indent": _indent}
         self.globals = {"range": self.globals["range"], "cycler": self.globals["cycler"], "dict": _dict}
         self.globals |= {"namespace": _PlainNamespace, "raise_exception": _refuse, "strftime_now": _now}
@@ -112,18 +112,21 @@ class _Confined(ImmutableSandboxedEnvironment):
             return attr in _COLLECTION_METHODS
         return super().is_safe_attribute(obj, attr, value)
 
-    def wrap_str_format(self, value: Any) -> None:
-        """No str.format: a width makes any length of one character. So it is refused as every other method is."""
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        if getattr(value, "__name__", "") != "format" or not isinstance(getattr(value, "__self__", None), str):
+            return None
+        return lambda *args, **kwargs: made(_Formatter(self).vformat(value.__self__, args, kwargs))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         return made(super().getitem(obj, argument)) if isinstance(argument, slice) else super().getitem(obj, argument)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner, method = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
-        for value in (owner if isinstance(owner, str) else None, *args, *kwargs.values()):
+        named = {key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")}  # jinja's own
+        for value in (owner if isinstance(owner, str) else None, *args, *named.values()):
             look(value)
         if isinstance(owner, str) and method == "replace":
-            return _replace(owner, *args, **kwargs)
+            return _replace(owner, *args, **named)
         if isinstance(owner, str) and method == "join":
             return _join(args[0], owner)
         return made(super().call(__context, __obj, *args, **kwargs))
@@ -146,6 +149,17 @@ class _Generation(Extension):
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _Formatter(SandboxedFormatter):
+    """str.format without widths, which make any length of one character."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if format_spec:
+            raise SecurityError("it formats with widths")
+        text = str(_shown(None, value))
+        ALLOWANCE.get().write(len(text))
+        return text
 
 
 class _PlainNamespace(Namespace):
