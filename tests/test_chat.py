@@ -1,15 +1,20 @@
 """Conversations to ids: what is trained, what control strings become, and equality with transformers."""
 
+import base64
+import gzip
+import json
 from pathlib import Path
 
 import pytest
 import transformers
 
-from puna.data.conversations import Conversation
+from puna.data.conversations import ChatSource, Conversation, read_conversations
 from puna.data.packing import PackedLoader, encode_conversations
 from puna.errors import DataError, UsageError
+from puna.eval.doctor.data_checks import stretches_of
 from puna.ops.cross_entropy import IGNORE
-from puna.tokenizer.chat import BUNDLED, ChatFormat, bundled
+from puna.tokenizer.bpe import save_bpe
+from puna.tokenizer.chat import ChatFormat, bundled
 from puna.tokenizer.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -72,7 +77,7 @@ CONVERSATIONS = {
 
 @pytest.mark.parametrize("train", ["all", "last"])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize("template", BUNDLED)
+@pytest.mark.parametrize("template", PIECES)
 def test_trained_tokens_equal_a_hand_written_oracle(
     template: str, name: str, train: str, tokenizers_by_template: dict[str, Tokenizer]
 ) -> None:
@@ -87,7 +92,7 @@ def test_trained_tokens_equal_a_hand_written_oracle(
 
 @pytest.mark.parametrize("pad", ["another id", "the end-of-turn id"])
 @pytest.mark.parametrize("seq_len", [75, 200])
-@pytest.mark.parametrize("template", BUNDLED)
+@pytest.mark.parametrize("template", PIECES)
 def test_packed_labels_equal_the_oracle(
     template: str, seq_len: int, pad: str, tokenizers_by_template: dict[str, Tokenizer]
 ) -> None:
@@ -124,7 +129,7 @@ def test_an_end_that_generation_ignores_is_refused(tokenizers_by_template: dict[
         ChatFormat(tokenizer, source).encode(TURNS)
 
 
-@pytest.mark.parametrize("template", BUNDLED)
+@pytest.mark.parametrize("template", PIECES)
 def test_honest_text_equals_transformers(template: str, tokenizers_by_template: dict, tmp_path: Path) -> None:
     """The same bytes and ids as apply_chat_template, with and without a generation prompt."""
     tokenizer = tokenizers_by_template[template]
@@ -141,7 +146,7 @@ def test_honest_text_equals_transformers(template: str, tokenizers_by_template: 
         assert ours.encode(messages).ids == theirs.apply_chat_template(messages, return_dict=False)
 
 
-@pytest.mark.parametrize("template", BUNDLED)
+@pytest.mark.parametrize("template", PIECES)
 def test_typed_control_strings_stay_text(template: str, tokenizers_by_template: dict[str, Tokenizer]) -> None:
     """A user who types a turn's end and a system header would otherwise write the system's message."""
     tokenizer = tokenizers_by_template[template]
@@ -164,7 +169,7 @@ def test_typed_control_strings_stay_text(template: str, tokenizers_by_template: 
 
 def test_the_prompt_is_a_prefix_of_what_was_trained(tokenizers_by_template: dict[str, Tokenizer]) -> None:
     """What is generated from and what was trained on must be the same ids, answers that begin with a line break too."""
-    for template in BUNDLED:
+    for template in PIECES:
         chat = ChatFormat(tokenizers_by_template[template], template)
         messages = [*TURNS[:3], {"role": "assistant", "content": "\n\nThey graze."}]
         ids = chat.encode(messages).ids
@@ -194,15 +199,18 @@ def test_templates_are_confined(tokenizers_by_template: dict[str, Tokenizer]) ->
         ChatFormat(tokenizer)
 
 
-def test_meta_golden_dialog(assets: Path, tmp_path: Path) -> None:
-    """Meta's own test vector for Llama 3's dialog format."""
-    import base64
-
-    from puna.tokenizer.bpe import save_bpe
-
+@pytest.fixture(scope="module")
+def llama3(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Llama 3's own tokenizer."""
+    folder = tmp_path_factory.mktemp("llama3")
     lines = (assets / "tokenizers/llama3/tokenizer.model").read_bytes().splitlines()
-    save_bpe({base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}, tmp_path)
-    chat = ChatFormat(Tokenizer(tmp_path), "llama3")
+    save_bpe({base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}, folder)
+    return Tokenizer(folder)
+
+
+def test_meta_golden_dialog(llama3: Tokenizer) -> None:
+    """Meta's own test vector for Llama 3's dialog format."""
+    chat = ChatFormat(llama3, "llama3")
     messages = [
         {"role": "system", "content": "This is a test sentence."},
         {"role": "user", "content": "This is a response."},
@@ -211,3 +219,22 @@ def test_meta_golden_dialog(assets: Path, tmp_path: Path) -> None:
         128000, 128006, 9125, 128007, 271, 2028, 374, 264, 1296, 11914, 13, 128009, 128006, 882, 128007, 271,
         2028, 374, 264, 2077, 13, 128009, 128006, 78191, 128007, 271,
     ]  # fmt: skip
+
+
+def test_a_hundred_real_conversations_with_tools(assets: Path, llama3: Tokenizer) -> None:
+    """Glaive's rows under Llama 3's own tokenizer: every call comes back, no observation is trained."""
+    chat = ChatFormat(llama3, "llama3.1", date_string="26 Jul 2024")
+    path = assets / "sft/glaive_toolcall_en_demo.json.gz"
+    raw, calls = json.loads(gzip.decompress(path.read_bytes())), 0
+    for number, (_, messages, tools) in enumerate(read_conversations(ChatSource(path=path, limit=100))):
+        ids, trained = chat.encode(messages, tools=tools)
+        learned = [chat.parse(ids[start:end]) for start, end in stretches_of(trained)]
+        spoken = [t for t in raw[number]["conversations"] if t["from"] in ("gpt", "function_call")]
+        for message, said in zip(learned, spoken, strict=True):
+            if said["from"] == "gpt":
+                assert message == {"role": "assistant", "content": said["value"].strip()}
+            else:
+                asked = json.loads(said["value"])
+                assert message["tool_calls"] == [{"type": "function", "function": asked}]
+                calls += 1
+    assert calls > 60

@@ -55,7 +55,7 @@ def test_dialogues_end_with_an_answer(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(dialogues.DIALOGUES, "talk", Package("talk", "talk", "test"))
     monkeypatch.setattr(Package, "require", lambda self: tmp_path / self.module)
     found = list(read_conversations(source(["talk"])))
-    assert [where for where, _ in found] == ["a.yml:1", "a.yml:3"]
+    assert [c.where for c in found] == ["a.yml:1", "a.yml:3"]
     assert found[0].messages == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     assert found[1].messages[1]["content"] == "1963"
     assert len(list(read_conversations(source(["talk"], limit=1)))) == 1

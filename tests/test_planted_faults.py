@@ -210,7 +210,7 @@ def end_untrained(sound: Function) -> Function:
 
 
 def encoded_as(change: Callable[[Any, Encoded], Encoded]) -> Callable[[Function], Function]:
-    return lambda sound: lambda self, *given: change(self, sound(self, *given))
+    return lambda sound: lambda self, *given, **named: change(self, sound(self, *given, **named))
 
 
 FAULTS = {

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from puna.errors import UsageError
+from puna.errors import DataError, UsageError
 from puna.log import harmless, log
 
 _HELP = 'Type a message; """ begins and ends one of several lines. /system TEXT, /retry, /save FILE, /quit.'
@@ -28,14 +28,16 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Keep the most likely ids up to this probability.", min=0, max=1)] = 0.9,
     seed: Annotated[int, typer.Option(help="Same seed and words, same answers.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp64.")] = "auto",
+    tools: Annotated[Path | None, typer.Option(help="JSON list of functions it may call; you type results.")] = None,
 ) -> None:
     """Talk with a model: puna chat smollm2-135m"""
     from puna.infer.llama import load
 
+    offered = _read_tools(tools) if tools else None
     llama = load(model, dtype=dtype)
-    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    llama.template.prompt(messages)  # a model without a template is told before anyone types
+    _ = llama.template  # a model without one is told before anyone types
     log.info("%s", _HELP)
     while (text := _read()) is not None:
         word, _, rest = text.partition(" ")
@@ -47,14 +49,15 @@ def chat(
             Path(rest or "chat.json").write_text(json.dumps(messages, indent=2, ensure_ascii=False), encoding="utf-8")
             log.info("saved %s", rest or "chat.json")
         elif word == "/retry" and messages and messages[-1]["role"] == "assistant":
-            messages.pop()
+            while messages[-1]["role"] != "user":
+                messages.pop()
             options["seed"] += 1
-            messages.append({"role": "assistant", "content": _answer(llama, messages, options)})
+            _take_turn(llama, messages, offered, options)
         elif word.startswith("/"):
             log.info("%s", _HELP)
         elif text.strip():
             messages.append({"role": "user", "content": text})
-            messages.append({"role": "assistant", "content": _answer(llama, messages, options)})
+            _take_turn(llama, messages, offered, options)
 
 
 def merge(
@@ -77,10 +80,19 @@ def merge(
     print(target)
 
 
-def _read() -> str | None:
+def _read_tools(path: Path) -> list[dict[str, Any]] | None:
+    from puna.tokenizer.messages import plain_tools
+
+    try:
+        return plain_tools(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the tools cannot be read: {error}", where=path, fix="a JSON list of functions") from None
+
+
+def _read(asking: str = "> ") -> str | None:
     """A message: one line, or several between lines of three quotes; None at the end of input."""
     try:
-        line = input("> " if sys.stdin.isatty() else "")
+        line = input(asking if sys.stdin.isatty() else "")
         if not line.startswith('"""'):
             return line
         lines = [line[3:]]
@@ -91,9 +103,27 @@ def _read() -> str | None:
         return None
 
 
-def _answer(llama: Any, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
+def _take_turn(llama: Any, messages: list[dict[str, Any]], tools: Any, options: dict[str, Any]) -> None:
+    """Append the assistant's answer; where it calls tools, the results that are typed and what it says to them."""
+    try:
+        while True:
+            ids = _answer(llama, llama.template.prompt(messages, tools), options)
+            content = {"role": "assistant", "content": llama.tokenizer.decode(ids)}
+            messages.append(llama.template.parse(ids) if tools else content)
+            for call in (calls := messages[-1].get("tool_calls", [])):
+                function = call["function"]
+                given = ", ".join(f"{name}={value!r}" for name, value in function["arguments"].items())
+                log.info("%s", harmless(f"it calls {function['name']}({given}); type the result"))
+                messages.append({"role": "tool", "content": _read("result> ") or ""})
+            if not calls:
+                return
+    except DataError as error:  # of what was typed: a tag of Llama 2, say
+        log.error("%s", error)
+        messages.pop()
+
+
+def _answer(llama: Any, prompt: list[int], options: dict[str, Any]) -> list[int]:
     """Print the answer as it comes, without anything a terminal would obey; Ctrl-C ends it early."""
-    prompt = llama.template.prompt(messages)
     ids: list[int] = []
     shown = ""
 
@@ -110,4 +140,4 @@ def _answer(llama: Any, messages: list[dict[str, str]], options: dict[str, Any])
     except KeyboardInterrupt:
         print(" ...", end="")
     print()
-    return llama.tokenizer.decode(ids)
+    return ids

@@ -18,7 +18,7 @@ _KNOWN = {
     "--dtype": _DTYPES,
     "--device": ("auto", "cpu", "cuda", "mps"),
     "--save-dtype": ("bf16", "fp32", "fp16"),
-    "--template": ("llama3", "chatml"),
+    "--template": ("llama2", "llama3", "llama3.1", "llama3.2", "llama3.2-pythonic", "llama3.3", "chatml"),
     "--split": ("train", "valid"),
 }  # fmt: skip
 SCRIPTS = {

@@ -21,7 +21,7 @@ def doctor(
         str | None, typer.Argument(metavar="[MODEL]", help="A model or run folder, a .gguf file, or smollm2-135m.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Conversations, text, or a folder of token shards.")] = None,
-    template: Annotated[str | None, typer.Option(help="llama3 or chatml; the model's own by default.")] = None,
+    template: Annotated[str | None, typer.Option(help="llama3, chatml ...; the model's own by default.")] = None,
     rows: Annotated[int, typer.Option(help="The first so many conversations or texts.", min=2)] = 8,
     dtype: Annotated[str, typer.Option(help="auto (fp64 for small models), fp64, fp32 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 from puna.config import Config, UserPath, nearest, nearest_path
 from puna.data.dialogues import read_dialogues
 from puna.errors import DataError, UsageError
+from puna.tokenizer.messages import plain_messages, plain_tools
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "system": "system", "user": "user",
           "assistant": "assistant", "tool": "tool", "function_call": "assistant", "observation": "tool"}  # fmt: skip
@@ -50,10 +51,11 @@ class ChatSource(Config):
 
 
 class Conversation(NamedTuple):
-    """Messages and where they came from, `file:line`."""
+    """Messages, where they came from (`file:line`), and the tools the assistant may call."""
 
     where: str
     messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
 
 
 def read_conversations(source: ChatSource) -> Iterator[Conversation]:
@@ -75,7 +77,7 @@ def given(source: ChatSource) -> bool:
 def _all(source: ChatSource) -> Iterator[Conversation]:
     if source.path is not None:
         for where, row in _rows(source.path):
-            yield Conversation(where, to_messages(row, where))
+            yield Conversation(where, to_messages(row, where), to_tools(row, where))
     for package in source.packages:
         for where, said in read_dialogues(package):
             pairs = zip(said[::2], said[1::2], strict=True)
@@ -153,6 +155,19 @@ def to_messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     )  # fmt: skip
 
 
+def to_tools(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
+    """The functions in `tools` of one row, a list or its JSON; None where there are none.
+
+    Raises:
+        DataError: something else.
+    """
+    tools = row.get("tools")
+    try:
+        return plain_tools(_parse(tools.encode(), where) if isinstance(tools, str) and tools else tools or None)
+    except DataError as error:
+        raise DataError(error.what, where=where, cause="`tools` is not a list of functions", fix=error.fix) from None
+
+
 def _turns(question: str, answer: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -161,10 +176,18 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise DataError(f"a message is {type(turn).__name__}, not an object", where=where)
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or not isinstance(content, str):
+    calls = turn.get("tool_calls")
+    if role == "function_call":  # ShareGPT: the call is the text, one or a list
+        found = _parse(content.encode(), where) if isinstance(content, str) else content
+        content, calls = "", found if isinstance(found, list) else [found]
+    if not isinstance(role, str) or not (isinstance(content, str | list) or calls):
         raise DataError(f"a message without role and text (found: {', '.join(map(str, turn))})", where=where)
     kept = {"train": turn["train"]} if isinstance(turn.get("train"), bool) else {}
-    return {"role": _ROLES.get(role, role), "content": content, **kept}
+    message = {"role": _ROLES.get(role, role), "content": content, **({"tool_calls": calls} if calls else {}), **kept}
+    try:
+        return plain_messages([message])[0]
+    except DataError as error:
+        raise DataError(error.what.replace("message 0", "a message"), where=where, fix=error.fix) from None
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

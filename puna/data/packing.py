@@ -26,9 +26,9 @@ def encode_conversations(
     """
     rows, cut = [], 0
     bos = chat.tokenizer.bos_id
-    for where, messages in conversations:
+    for where, messages, tools in conversations:
         try:
-            ids, trained = chat.encode(messages, train)
+            ids, trained = chat.encode(messages, train, tools)
         except DataError as error:
             raise DataError(error.what, where=where, fix=error.fix) from None
         if ids[:2] == [bos, bos]:

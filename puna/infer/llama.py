@@ -18,7 +18,8 @@ from puna.errors import UsageError
 from puna.files import atomic_folder
 from puna.infer.generate import generate
 from puna.model.transformer import Transformer
-from puna.tokenizer.chat import ChatFormat, Message
+from puna.tokenizer.chat import ChatFormat
+from puna.tokenizer.messages import Message, Tool
 from puna.tokenizer.tokenizer import Tokenizer
 
 
@@ -54,9 +55,29 @@ class Llama:
         texts = [self.tokenizer.decode_after(before, row) for before, row in zip(ids, rows, strict=True)]
         return texts[0] if isinstance(prompt, str) else texts
 
-    def chat(self, messages: Sequence[Message], max_tokens: int = 256, **sampling: Any) -> str:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_tokens: int = 256,
+        *,
+        tools: Sequence[Tool] | None = None,
+        **sampling: Any,
+    ) -> str:
         """The assistant's answer to `[{"role": "user", "content": ...}, ...]`, by the model's chat template."""
-        return self.tokenizer.decode(self.continue_ids([self.template.prompt(messages)], max_tokens, **sampling)[0])
+        prompt = self.template.prompt(messages, tools)
+        return self.tokenizer.decode(self.continue_ids([prompt], max_tokens, **sampling)[0])
+
+    def respond(
+        self,
+        messages: Sequence[Message],
+        max_tokens: int = 256,
+        *,
+        tools: Sequence[Tool] | None = None,
+        **sampling: Any,
+    ) -> dict[str, Any]:
+        """The answer as a message to append: with `tool_calls` where the model calls `tools` (JSON schemas)."""
+        prompt = self.template.prompt(messages, tools)
+        return self.template.parse(self.continue_ids([prompt], max_tokens, **sampling)[0])
 
     @cached_property
     def template(self) -> ChatFormat:

@@ -69,7 +69,9 @@ class Config(RecipeConfig):
     """What to start from: a model or run folder, a .gguf file, or smollm2-135m."""
     data: ChatSource = ChatSource()
     template: str | None = None
-    """llama3 or chatml; null takes the model's own."""
+    """llama2, llama3, llama3.1, llama3.2, llama3.2-pythonic, llama3.3 or chatml; null takes the model's own."""
+    date_string: str = "26 Jul 2024"
+    """The day that templates of Llama 3.1 and later name: today's would make other ids of the same data every day."""
     train_on: Train = "all"
     """all: every assistant message; last: the last one of each conversation."""
     lora: LoraConfig | None = LoraConfig()
@@ -146,7 +148,7 @@ def main(config: Config) -> Path:
 
 def encode(config: Config, tokenizer: Tokenizer, source: ChatSource) -> tuple[Tokenizer, list[Encoded]]:
     """The tokenizer with the chat template in force, and every conversation of the source as ids and mask."""
-    chat = ChatFormat(tokenizer, config.template)
+    chat = ChatFormat(tokenizer, config.template, date_string=config.date_string)
     rows = encode_conversations(read_conversations(source), chat, config.seq_len, config.train_on)
     return Tokenizer({**tokenizer.files, "chat_template.jinja": chat.source.encode()}), rows
 

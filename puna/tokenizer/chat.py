@@ -1,13 +1,11 @@
-"""Conversations to ids and a mask of what is trained. One encoder for every template.
+"""Conversations to ids and a mask of what is trained, and ids back to messages. One encoder for every template.
 
 Message text stays text: control strings in it are swapped for private-use characters before the template runs and put
-back after the rendered text was cut at its own control tokens, so nothing typed can become a control id. Templates
-run in jinja's immutable sandbox, with the settings and globals that transformers gives them.
+back after the rendered text was cut at its own control tokens, so nothing typed can become a control id.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
 from importlib import resources
@@ -15,13 +13,17 @@ from typing import Any, Literal, NamedTuple
 
 from puna.config import nearest
 from puna.errors import DataError, UsageError
+from puna.log import log
+from puna.tokenizer.continuation import Continuation
+from puna.tokenizer.faithful import Marked, check_complete, follows
+from puna.tokenizer.messages import PRIVATE, Message, Tool, map_text, plain_messages, plain_tools
+from puna.tokenizer.sandbox import ChatTemplate, compiled
 from puna.tokenizer.tokenizer import Tokenizer
+from puna.tokenizer.tools import read_calls
 
-Message = Mapping[str, Any]
-"""{"role": ..., "content": ...}; `"train": False` takes an assistant's message out of training."""
 Train = Literal["all", "last"]
-_PRIVATE = 0xF0000  # the first supplementary private-use plane: no text has these, no tokenizer a token for them
-_MAX_GROWTH, _MAX_EXTRA = 4, 65536
+_PYTHON_TAG, _END_OF_MESSAGE = "<|python_tag|>", "<|eom_id|>"
+_TAG = re.compile(r"<\|[^|\s{}]{1,40}\|>|\[/?[A-Z_]{2,20}\]|<</?[A-Z]{2,20}>>")
 
 
 class Encoded(NamedTuple):
@@ -34,13 +36,18 @@ class Encoded(NamedTuple):
 class ChatFormat:
     """A tokenizer with a chat template."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None):
-        """`template`: jinja text, or llama3 or chatml; by default the one that came with the tokenizer.
+    def __init__(self, tokenizer: Tokenizer, template: str | None = None, **variables: Any):
+        """`template`: jinja text, or one of BUNDLED; by default the one that came with the tokenizer.
+
+        Args:
+            variables: what the template may ask for besides messages and tools: `builtin_tools`,
+                `tools_in_user_message` and `date_string` of Llama 3.1 and later ("26 Jul 2024": whatever template asks
+                for today's date gets this one).
 
         Raises:
             DataError: there is none, or it is not a template.
         """
-        self.tokenizer = tokenizer
+        self.tokenizer, self.variables = tokenizer, {**_fixed_clock(variables.get("date_string")), **variables}
         if template is None:
             raw = tokenizer.files.get("chat_template.jinja")
             if raw is None:
@@ -48,110 +55,186 @@ class ChatFormat:
                     "no chat template", where=tokenizer.where, cause="it was never taught to take turns",
                     fix="tune it with template=llama3 or template=chatml (puna run sft), or puna generate",
                 )  # fmt: skip
-            template = raw.decode("utf-8")
+            template = raw.decode("utf-8", "replace")
         self.source = template if "{" in template else bundled(template)
+        self._shapes: dict[str, str] = {}
+        self._told: set[str] = set()
 
-    def encode(self, messages: Sequence[Message], train: Train = "all") -> Encoded:
-        """The whole conversation; trained are the assistant's words and the token that ends its turn.
+    def encode(self, messages: Sequence[Message], train: Train = "all", tools: Sequence[Tool] | None = None) -> Encoded:
+        """The whole conversation; trained are the assistant's words and calls and the token that ends its turn.
 
         Every trained stretch is encoded apart from what precedes it, as generation meets it. `train`: every
         assistant message, or the last alone; a message with `"train": False` is never trained.
 
         Raises:
-            DataError: a bad message, or a template that rewrites earlier turns when later ones come.
+            DataError: a bad message, or a template that drops one or rewrites earlier turns when later ones come.
         """
         turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
         wanted = set(turns if train == "all" else turns[-1:])
         encoded = Encoded([], [])
-        for text, answer in self._stretches(messages, add_generation_prompt=False):
-            ids = self._ids(text)
+        for ids, answer in self._encoded(self._stretches(messages, tools, add_generation_prompt=False)):
             encoded.ids.extend(ids)
             encoded.trained.extend([answer in wanted and bool(messages[answer].get("train", True))] * len(ids))
         return encoded
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> list[int]:
         """The ids to generate the assistant's next message from; history is cut where training cut it."""
-        return [i for text, _ in self._stretches(messages, add_generation_prompt=True) for i in self._ids(text)]
+        return [i for ids, _ in self._encoded(self._stretches(messages, tools, True)) for i in ids]
+
+    def parse(self, reply: Sequence[int] | str) -> dict[str, Any]:
+        """A generated reply as a message: `content`, and `tool_calls` where it calls tools. Never an error.
+
+        Ids count up to the first stop id. In a text no control token is looked for: it has none.
+        """
+        if isinstance(reply, str):
+            return _message(reply, read_calls(reply))
+        tag = self.tokenizer.special_tokens.get(_PYTHON_TAG)
+        ids = reply[: next((i for i, token in enumerate(reply) if token in self.tokenizer.stop_ids), len(reply))]
+        if tag not in ids:
+            text = self.tokenizer.decode(ids)
+            return _message(text, read_calls(text))
+        before, after = (self.tokenizer.decode(part) for part in (ids[: ids.index(tag)], ids[ids.index(tag) + 1 :]))
+        return _message(before, read_calls(after, tagged=True), beside=before)
+
+    def waits(self, reply: Sequence[int]) -> bool:
+        """Whether the model waits for a tool's result: it called one, or ended with <|eom_id|>."""
+        end = self.tokenizer.special_tokens.get(_END_OF_MESSAGE)
+        return "tool_calls" in self.parse(reply) or (len(reply) > 0 and reply[-1] == end)
 
     def around_user(self) -> tuple[list[int], list[int]]:
         """The ids before and after the words of a first user message, up to where the assistant begins."""
         mark = "\ue000"  # a private-use character that no template writes
         before, _, after = self.render([{"role": "user", "content": mark}], True).partition(mark)
-        return self._ids(before), self._ids(after)
+        if self._joins.has_prefix:  # the space belongs to the word that follows
+            before = before.rstrip(" ")
+        start, end = (ids for ids, _ in self._encoded([(before, -1), (after, -1)]))
+        return start, end
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
+    ) -> str:
         """The template's text, control strings of messages as private-use characters (see `reveal`).
 
         Raises:
-            DataError: the template fails, refuses the messages, or grows beyond all measure.
+            DataError: a bad message; the template fails, refuses the messages, or grows beyond all measure.
         """
-        hidden = [_map_text(dict(m), self._hide) for m in messages]
-        tokens = ("bos_token", "eos_token", "pad_token", "unk_token")
-        named = {name: self.tokenizer.named_token(name) or "" for name in tokens}
-        try:
-            text = self._template.render(messages=hidden, add_generation_prompt=add_generation_prompt, **named)
-        except Exception as error:
-            raise DataError(f"the chat template failed: {error}", where=self.tokenizer.where) from None
-        if len(text) > _MAX_GROWTH * sum(len(str(m)) for m in hidden) + _MAX_EXTRA:
-            raise DataError("the chat template writes far more than it was given", where=self.tokenizer.where)
-        return text
+        return self._render(plain_messages(messages), plain_tools(tools), add_generation_prompt)
 
     def reveal(self, text: str) -> str:
         """Rendered text with the message's own control strings back in their places."""
-        return text.translate({ord(mark): string for string, mark in self._marks.items()})
+        return text.translate(self._strings)
 
-    def _stretches(self, messages: Sequence[Message], add_generation_prompt: bool) -> Iterator[tuple[str, int]]:
+    def _render(self, messages: Sequence[Message], tools: Any, add_generation_prompt: bool) -> str:
+        tokens = ("bos_token", "eos_token", "pad_token", "unk_token")
+        named = {name: self.tokenizer.named_token(name) or "" for name in tokens}
+        given = map_text({**self.variables, "messages": messages, "tools": tools}, self._hide)
+        try:
+            return self._template.render(**{**named, **given, "add_generation_prompt": add_generation_prompt})
+        except DataError as error:
+            raise DataError(error.what, where=self.tokenizer.where) from None
+
+    def _stretches(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None, add_generation_prompt: bool
+    ) -> Iterator[tuple[str, int]]:
         """The rendered conversation in pieces: (text, the assistant message it is, or -1)."""
-        self._check(messages)
-        done = ""
-        for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
-            prompt, full = self.render(messages[:i], True), self.render(messages[: i + 1])
+        plain, offered, done = plain_messages(messages), plain_tools(tools), ""
+        self._refuse_tags(plain)
+        for i in (i for i, m in enumerate(plain) if m["role"] == "assistant"):
+            prompt, full = self._render(plain[:i], offered, True), self._render(plain[: i + 1], offered, False)
             if not (prompt.startswith(done) and full.startswith(prompt)):
                 why = "the template rewrites earlier turns, so what is trained would not be what is served"
                 raise DataError(why, where=self.tokenizer.where)
             answer, after = self._cut_after_turn(full[len(prompt) :])
+            self._check_calls(plain[i].get("tool_calls", ()), answer)
             yield from ((prompt[len(done) :], -1), (answer, i), (after, -1))
             done = full
-        rest = self.render(messages, add_generation_prompt)
+        rest = self._render(plain, offered, add_generation_prompt)
         if not rest.startswith(done):
             raise DataError("the template rewrites earlier turns", where=self.tokenizer.where)
+        self._check_faithful(plain, offered, rest, add_generation_prompt)
         yield rest[len(done) :], -1
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for part in self._control.split(text):
-            if part in self.tokenizer.special_tokens:
-                ids.append(self.tokenizer.special_tokens[part])
-            elif part:
-                ids += self.tokenizer.encode(self.reveal(part))
-        return ids
+    def _encoded(self, stretches: Iterable[tuple[str, int]]) -> Iterator[tuple[list[int], int]]:
+        """Each stretch as ids. What a text follows decides on SentencePiece's leading space, not where it was cut."""
+        encode = self._joins.encode_start
+        for text, answer in stretches:
+            ids: list[int] = []
+            for part in filter(None, self._control.split(text)):
+                if part in self.tokenizer.special_tokens:
+                    ids.append(self.tokenizer.special_tokens[part])
+                    encode = self._joins.encode_after_control
+                else:
+                    ids += encode(self.reveal(part))
+                    encode = self._joins.encode_after_text
+            yield ids, answer
 
     def _cut_after_turn(self, text: str) -> tuple[str, str]:
-        """An assistant's rendered message up to and with its first control token, and what follows it."""
-        end = self._control.search(text)
-        if end is None:
+        """An assistant's rendered message up to and with the token generation stops at, and what follows it."""
+        ends = list(self._control.finditer(text))
+        if not ends:
             why = "the template does not end the assistant's turn, so a model would never learn to stop"
             raise DataError(why, where=self.tokenizer.where)
-        if self.tokenizer.special_tokens[end.group()] not in self.tokenizer.stop_ids:
-            why = f"the template ends the assistant's turn with {end.group()}, at which generation does not stop"
+        stops = self.tokenizer.stop_ids
+        end = next((e for e in ends if self.tokenizer.special_tokens[e.group()] in stops), None)
+        if end is None:
+            why = f"the template ends the assistant's turn with {ends[-1].group()}, at which generation does not stop"
             raise DataError(why, where=self.tokenizer.where, fix="eos_token in tokenizer_config.json")
         return text[: end.end()], text[end.end() :]
 
-    def _check(self, messages: Sequence[Message]) -> None:
+    def _check_calls(self, calls: Iterable[Any], answer: str) -> None:
+        for call in calls:
+            if call["function"]["name"] not in answer:
+                raise DataError(
+                    f"the template leaves out the call of {call['function']['name']}", where=self.tokenizer.where,
+                    fix="a template with tools, such as template=llama3.1",
+                )  # fmt: skip
+
+    def _check_faithful(self, messages: list[dict[str, Any]], tools: Any, text: str, add_prompt: bool) -> None:
+        """Every text and tool stands in the prompt, once; see `faithful`."""
+        for tool in tools or ():
+            if tool["function"]["name"] not in text:
+                why = f"the template leaves out the tool {tool['function']['name']}"
+                raise DataError(why, where=self.tokenizer.where, fix="a template with tools, such as template=llama3.1")
+        marked = Marked(map_text(messages, self._hide))
+        key = marked.key([tools, add_prompt])
+        if key not in self._shapes:
+            if len(self._shapes) >= 1024:
+                self._shapes.clear()
+            self._shapes[key] = self._render(marked.messages, tools, add_prompt)
+            for told in check_complete(marked, self._shapes[key]):
+                self._tell(re.sub(r"\d+ ", "", told, count=1), told)
+        if not follows(marked, self._shapes[key], text):
+            self._tell("content", "the chat template writes other things for other words: look at it (puna inspect)")
+
+    def _tell(self, about: str, what: str) -> None:
+        if about not in self._told:
+            self._told.add(about)
+            log.warning("%s", what)
+
+    def _refuse_tags(self, messages: list[dict[str, Any]]) -> None:
+        """Llama 2's [INST] and <<SYS>> are no control tokens: who types one speaks as the system. Meta refuses too."""
         for number, message in enumerate(messages):
-            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise DataError(f"message {number} has no text in `role` and `content`")
-            if not re.fullmatch(r"[A-Za-z0-9_ -]{1,64}", message["role"]):
-                raise DataError(f"message {number} has the role {message['role'][:80]!r}")
-            if any(_PRIVATE <= ord(c) <= 0xFFFFD for c in message["content"]):
-                raise DataError(f"message {number} holds private-use characters of plane 15")
+            if found := next((tag for tag in self._tags if tag in str(message)), None):
+                raise DataError(
+                    f"message {number} holds {found}, which this template takes for the end or start of a turn",
+                    fix="take it out: to this model it is no text",
+                )  # fmt: skip
 
     def _hide(self, text: str) -> str:
         return self._control.sub(lambda found: self._marks[found.group()], text)
 
     @cached_property
+    def _tags(self) -> list[str]:
+        """What marks turns in the template without being a control token."""
+        return sorted(set(_TAG.findall(self.source)) - set(self.tokenizer.special_tokens))
+
+    @cached_property
     def _marks(self) -> dict[str, str]:
-        return {token: chr(_PRIVATE + i) for i, token in enumerate(self.tokenizer.special_tokens)}
+        return {token: chr(PRIVATE + i) for i, token in enumerate(self.tokenizer.special_tokens)}
+
+    @cached_property
+    def _strings(self) -> dict[int, str]:
+        return {ord(mark): string for string, mark in self._marks.items()}
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
@@ -159,26 +242,19 @@ class ChatFormat:
         return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     @cached_property
-    def _template(self) -> Any:
-        from jinja2 import TemplateError
-        from jinja2.exceptions import TemplateSyntaxError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    def _joins(self) -> Continuation:
+        return Continuation(self.tokenizer)
 
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    @cached_property
+    def _template(self) -> ChatTemplate:
         try:
-            return environment.from_string(self.source)
-        except TemplateSyntaxError as error:
-            raise DataError(f"the chat template is not valid: {error}", where=self.tokenizer.where) from None
+            return compiled(self.source)
+        except DataError as error:
+            raise DataError(error.what, where=self.tokenizer.where, cause=error.cause) from None
 
 
-BUNDLED = ("llama3", "chatml")
+BUNDLED = ("llama2", "llama3", "llama3.1", "llama3.2", "llama3.2-pythonic", "llama3.3", "chatml")
+_SAME = {"llama3.3": "llama3.1"}
 
 
 def has_template(tokenizer: Tokenizer) -> bool:
@@ -190,15 +266,20 @@ def bundled(name: str) -> str:
     """A template that ships with puna."""
     if name not in BUNDLED:
         raise UsageError(f"no template `{name}`" + nearest(name, BUNDLED), fix=", ".join(BUNDLED))
-    return (resources.files("puna") / "tokenizer" / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    file = f"{_SAME.get(name, name)}.jinja"
+    return (resources.files("puna") / "tokenizer" / "templates" / file).read_text(encoding="utf-8")
 
 
-def _map_text(value: Any, change: Any) -> Any:
-    """Every string inside a message, tool calls and all, through `change`."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _map_text(inner, change) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_text(inner, change) for inner in value]
-    return value
+def _fixed_clock(date: Any) -> dict[str, Any]:
+    """A `strftime_now` that tells one day, where `date` is one as Llama writes it."""
+    try:
+        day = datetime.strptime(date, "%d %b %Y")
+    except (TypeError, ValueError):
+        return {}
+    return {"strftime_now": lambda pattern: day.strftime(pattern)}
+
+
+def _message(text: str, calls: list[dict[str, Any]], beside: str = "") -> dict[str, Any]:
+    if not calls:
+        return {"role": "assistant", "content": text}
+    return {"role": "assistant", "content": beside, "tool_calls": calls}

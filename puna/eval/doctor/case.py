@@ -182,8 +182,8 @@ def _read(case: Case, data: Path, template: str | None, rows: int) -> None:
             raise UsageError("conversations, and a model without a chat template", fix="--template llama3 or chatml")
         case.chat = ChatFormat(case.tokenizer, template)
         case.conversations = tuple(read_conversations(ChatSource(path=data, limit=rows)))
-        case.rows = [case.chat.encode(messages) for _, messages in case.conversations]
-        case.texts = [m["content"][:_TEXT] for _, messages in case.conversations for m in messages]
+        case.rows = [case.chat.encode(c.messages, tools=c.tools) for c in case.conversations]
+        case.texts = [str(m["content"])[:_TEXT] for c in case.conversations for m in c.messages]
     else:
         texts = (d.text for d in read_documents(SourceConfig(path=data)))
         case.texts = [piece for text in islice(texts, rows) for piece in _pieces(text, rows)][:rows]

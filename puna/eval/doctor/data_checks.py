@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 from puna.data.loader import TokenLoader
 from puna.eval.doctor.case import Case
@@ -42,13 +43,20 @@ def mask(case: Case) -> Parts:
     """The trained stretches against the assistant's messages, word for word, each with a control token at its end."""
     wrong, endless = 0, 0
     special = set(case.tokenizer.special_tokens.values())
-    for (_, messages), (ids, trained) in zip(case.conversations, _encoded(case), strict=True):
-        said = [m["content"] for m in messages if m["role"] == "assistant" and m.get("train", True)]
+    for (_, messages, _), (ids, trained) in zip(case.conversations, _encoded(case), strict=True):
+        said = [m for m in messages if m["role"] == "assistant" and m.get("train", True)]
         stretches = [ids[start:end] for start, end in stretches_of(trained)]
         endless += sum(stretch[-1] not in special for stretch in stretches)
         learned = [case.tokenizer.decode(stretch).strip() for stretch in stretches]
-        wrong += learned != [text.strip() for text in said]
+        wrong += len(learned) != len(said) or not all(map(_says, learned, said))
     return {"rows that train other words": wrong, "answers without a trained end": endless}
+
+
+def _says(learned: str, message: dict[str, Any]) -> bool:
+    """Whether what is trained is the message's text, or names the tools it calls."""
+    if calls := message.get("tool_calls"):
+        return all(call["function"]["name"] in learned for call in calls)
+    return learned == message["content"].strip()
 
 
 def stop(case: Case) -> Parts:
@@ -61,11 +69,11 @@ def prompt(case: Case) -> Parts:
     """The ids generation starts from against those that stood before the answer in training."""
     assert case.chat is not None
     wrong = 0
-    for (_, messages), (ids, trained) in zip(case.conversations, _encoded(case), strict=True):
+    for (_, messages, tools), (ids, trained) in zip(case.conversations, _encoded(case), strict=True):
         starts = [start for start, _ in stretches_of(trained)]
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
         for start, answer in zip(starts, answers, strict=False):
-            wrong += case.chat.prompt(messages[:answer]) != ids[:start]
+            wrong += case.chat.prompt(messages[:answer], tools) != ids[:start]
     return {"answers asked for in another way": wrong}
 
 
@@ -100,4 +108,4 @@ def stretches_of(trained: Sequence[bool]) -> Iterator[tuple[int, int]]:
 
 def _encoded(case: Case) -> list[Encoded]:
     assert case.chat is not None
-    return [case.chat.encode(messages) for _, messages in case.conversations]
+    return [case.chat.encode(c.messages, tools=c.tools) for c in case.conversations]
