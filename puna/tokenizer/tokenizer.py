@@ -29,18 +29,21 @@ class Tokenizer:
         self.where = source if isinstance(source, Path) else "tokenizer"
         self.files = _read_files(source) if isinstance(source, Path) else dict(source)
         raw = self.files["tokenizer.json"]
-        decoder = parse(raw, self.where).get("decoder")
+        parsed = parse(raw, self.where)
         with engine_errors("tokenizer.json cannot be read", self.where):
             self._engine = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
             self._engine.no_truncation()  # some files carry what their last user had set
             self._engine.no_padding()
+        if moved := [t["content"] for t in parsed["added_tokens"] if self._engine.token_to_id(t["content"]) != t["id"]]:
+            # The engine numbers added tokens itself, whatever the file says.
+            raise DataError(f"tokenizer.json has gaps before the ids of {moved[:3]}", where=self.where)
         if "tokenizer_config.json" not in self.files:
             self.files["tokenizer_config.json"] = self._guessed_config()
         with engine_errors("tokenizer_config.json cannot be read", self.where):
             self._config = dict(json.loads(self.files["tokenizer_config.json"]))
         if template := _template(self._config.get("chat_template")):
             self.files.setdefault("chat_template.jinja", template.encode())
-        self._spelling = Spelling(self._engine, decoder, self.where)
+        self._spelling = Spelling(self._engine, parsed.get("decoder"), self.where)
         self.fingerprint = "sha256:" + hashlib.sha256(raw).hexdigest()
 
     @property
@@ -134,7 +137,8 @@ class Tokenizer:
             special: control tokens, which text never becomes; otherwise words that are always one id.
 
         Raises:
-            UsageError: a token that exists, or twice the same.
+            UsageError: a token that exists, or twice the same. DataError: gaps between the ids, or a control token
+                that is an ordinary word.
         """
         if known := [t for t in tokens if not t or self._engine.token_to_id(t) is not None or tokens.count(t) > 1]:
             raise UsageError(f"cannot be added: {known}", cause="it exists already", fix="other names")
@@ -144,10 +148,7 @@ class Tokenizer:
             for i, token in enumerate(tokens)
         ]
         raw = json.dumps(grown, indent=2, ensure_ascii=False).encode()
-        larger = Tokenizer({**self.files, "tokenizer.json": raw})
-        if [larger._engine.token_to_id(t) for t in tokens] != list(range(self.vocab_size, larger.vocab_size)):
-            raise DataError("has gaps between its ids, so new ones have no place", where=self.where)
-        return larger
+        return Tokenizer({**self.files, "tokenizer.json": raw})
 
     def named_token(self, key: str) -> str | None:
         """The spelling of bos_token, eos_token, pad_token or unk_token, if there is one."""
