@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import regex
 import sentencepiece
 import tiktoken
 import transformers
@@ -79,7 +80,7 @@ BPE: dict[str, Callable[[Tokenizer, Any, Path], Tokenizer]] = {
 
 
 @pytest.fixture(scope="module")
-def texts() -> list[str]:
+def many() -> list[str]:
     """10,000 texts: random bytes read as UTF-8, random Unicode, and what trips tokenizers."""
     rng = random.Random(0)
     words = [
@@ -109,14 +110,14 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def spm_ids(assets: Path, texts: list[str]) -> list[list[int]]:
+def spm_ids(assets: Path, many: list[str]) -> list[list[int]]:
     path = str(assets / "tokenizers/llama2/tokenizer.model")
-    return sentencepiece.SentencePieceProcessor(model_file=path).encode(texts)
+    return sentencepiece.SentencePieceProcessor(model_file=path).encode(many)
 
 
 @pytest.fixture(scope="module")
-def tiktoken_ids(tiktoken_encoding: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
-    return tiktoken_encoding.encode_ordinary_batch(texts)
+def tiktoken_ids(tiktoken_encoding: tiktoken.Encoding, many: list[str]) -> list[list[int]]:
+    return tiktoken_encoding.encode_ordinary_batch(many)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def vectors(assets: Path, family: str) -> tuple[list[str], list[list[int]]]:
 
 @pytest.mark.parametrize("chain", SPM)
 def test_llama_2_in_every_form(
-    chain: str, llama2: Tokenizer, gguf: Any, assets: Path, tmp_path: Path, texts: list[str], spm_ids: list[list[int]]
+    chain: str, llama2: Tokenizer, gguf: Any, assets: Path, tmp_path: Path, many: list[str], spm_ids: list[list[int]]
 ) -> None:
     """A conversion that moves an id makes a model talk nonsense; here on 46 vectors and 10,000 texts."""
     tokenizer = SPM[chain](llama2, gguf, assets, tmp_path)
@@ -144,13 +145,13 @@ def test_llama_2_in_every_form(
     assert tokenizer.encode_batch(given) == ids
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.stop_ids, tokenizer.adds_bos) == (32000, 1, [2], True)
     if tokenizer is llama2 or tokenizer.fingerprint != llama2.fingerprint:  # one file has one behaviour
-        assert tokenizer.encode_batch(texts) == spm_ids
-    assert [tokenizer.decode(row) for row in spm_ids[:500]] == [text.replace("▁", " ") for text in texts[:500]]
+        assert tokenizer.encode_batch(many) == spm_ids
+    assert [tokenizer.decode(row) for row in spm_ids[:500]] == [text.replace("▁", " ") for text in many[:500]]
 
 
 @pytest.mark.parametrize("chain", BPE)
 def test_llama_3_in_every_form(
-    chain: str, llama3: Tokenizer, gguf: Any, assets: Path, tmp_path: Path, texts: list[str],
+    chain: str, llama3: Tokenizer, gguf: Any, assets: Path, tmp_path: Path, many: list[str],
     tiktoken_ids: list[list[int]],
 ) -> None:  # fmt: skip
     """As with Llama 2, against tiktoken; GGUF files of April have their own names for control tokens."""
@@ -160,25 +161,26 @@ def test_llama_3_in_every_form(
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (128256, 128000, 128001)
     assert tokenizer.adds_bos
     assert tokenizer.special_tokens["<|eot_id|>"] == 128009
+    if chain.startswith("tiktoken"):
+        assert tokenizer.files["tokenizer.model"] == (assets / "tokenizers/llama3/tokenizer.model").read_bytes()
     if tokenizer is llama3 or tokenizer.fingerprint != llama3.fingerprint:
-        assert tokenizer.encode_batch(texts) == tiktoken_ids
-    assert [tokenizer.decode(row) for row in tiktoken_ids[:500]] == texts[:500]
+        assert tokenizer.encode_batch(many) == tiktoken_ids
+    assert [tokenizer.decode(row) for row in tiktoken_ids[:500]] == many[:500]
 
 
 def test_written_models_equal_the_originals(
-    llama2: Tokenizer, llama3: Tokenizer, gguf: Any, assets: Path, texts: list[str], spm_ids: list[list[int]]
+    llama2: Tokenizer, llama3: Tokenizer, gguf: Any, assets: Path, many: list[str], spm_ids: list[list[int]]
 ) -> None:
     """The files other programs open: bytes where the format has one spelling, else what sentencepiece says of them."""
     original = (assets / "tokenizers/llama2/tokenizer.model").read_bytes()
     assert sentencepiece_model(llama2) == original
     assert llama2c_vocab(llama2) == (assets / "tokenizers/llama2/tokenizer.bin").read_bytes()
-    assert tiktoken_ranks(llama3) == (assets / "tokenizers/llama3/tokenizer.model").read_bytes()
     theirs = sentencepiece.SentencePieceProcessor(model_proto=original)
     made = sentencepiece_model(Tokenizer(vocab_files(gguf["spm"])))
     ours = sentencepiece.SentencePieceProcessor(model_proto=made)
-    assert ours.encode(texts) == spm_ids
+    assert ours.encode(many) == spm_ids
     for same in ("id_to_piece", "is_byte", "is_control", "is_unknown", "is_unused", "get_score"):
-        ids = list(range(32000))
+        ids = [*range(300), *range(300, 32000, 7), 31999]
         assert [getattr(ours, same)(i) for i in ids] == [getattr(theirs, same)(i) for i in ids], same
     assert (ours.bos_id(), ours.eos_id(), ours.pad_id(), ours.unk_id()) == (1, 2, -1, 0)
     assert tiktoken_ranks(llama2) is sentencepiece_model(llama3) is None
@@ -276,6 +278,43 @@ def test_transformers_reads_what_was_converted(llama2: Tokenizer, tmp_path: Path
         assert theirs(text).input_ids == [1, *llama2.encode(text)]
         assert theirs.decode(llama2.encode(text)) == text
     assert theirs.eos_token_id == llama2.eos_id
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_what_transformers_saves(
+    legacy: bool, llama2: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its newer files have another shape (Metaspace, no unknown token, no tokenizer.model) and have to go out too."""
+    llama2.save(tmp_path)
+    theirs = transformers.LlamaTokenizer.from_pretrained(str(tmp_path), legacy=legacy)
+    theirs.save_pretrained(tmp_path / "saved")
+    saved = tokenizer_from(tmp_path / "saved")
+    assert (saved.bos_id, saved.stop_ids, saved.adds_bos) == (1, [2], True)
+    with caplog.at_level("WARNING", "puna"):
+        again = through_gguf(saved)
+    assert "begins with a space" in caplog.text
+    for text in ("Hello world", "\n", "🦙 12345", "don't", ""):
+        assert saved.encode(text) == again.encode(text) == llama2.encode(text) == theirs.encode(text)[1:]
+        assert saved.decode(saved.encode(text)) == text
+
+
+@pytest.mark.parametrize("split", ["llama-bpe", "smollm", "gpt-2", "default"])
+def test_splits_of_gguf(split: str, tokenizer_folder: Path) -> None:
+    """A split that differs from llama.cpp's cuts numbers and punctuation elsewhere than in training."""
+    word = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+    steps = {
+        "llama-bpe": [LLAMA3], "smollm": [r"\p{N}", word], "gpt-2": [word],
+        "default": [r"[\p{P}\$\+<=>\^\~\|]+", word, r"\p{N}+", "[0-9][0-9][0-9]"],
+    }  # fmt: skip
+    fields = gguf_fields(Tokenizer(tokenizer_folder)) | {"tokenizer.ggml.pre": split}
+    tokenizer = Tokenizer(vocab_files(fields))
+    assert gguf_fields(tokenizer) == fields
+    for text in ("It's 12345 llamas!!  \n\n and $7.50, o.k.?", "x=[1,22];  don't\t", "日本 2024年"):
+        parts = [text]
+        for pattern in steps[split]:
+            parts = [p for part in parts for p in regex.split(f"({pattern})", part) if p]
+        cut = [text[a:b] for _, (a, b) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        assert cut == parts
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3"])
