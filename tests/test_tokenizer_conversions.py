@@ -14,7 +14,8 @@ import tiktoken
 import transformers
 
 from puna.checkpoint.gguf import open_gguf
-from puna.errors import DataError
+from puna.checkpoint.registry import load_tokenizer
+from puna.errors import CheckpointError, DataError
 from puna.tokenizer.checks import LLAMA3
 from puna.tokenizer.formats import llama2c_vocab, sentencepiece_model, tiktoken_ranks, tokenizer_from
 from puna.tokenizer.gguf_vocab import gguf_fields, vocab_files
@@ -258,6 +259,22 @@ def test_golden_ids(llama2: Tokenizer, llama3: Tokenizer) -> None:
         "</s>": [1533, 29879, 29958],
     }.items():  # fmt: skip
         assert llama2.encode(text) == ids, text
+
+
+def test_a_tokenizer_is_found_in_any_file(assets: Path, llama2: Tokenizer, tmp_path: Path) -> None:
+    """`puna tokenizer` takes what a user has: a file of any format, or a vocabulary alone in a GGUF."""
+    llama2.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()  # some publish tokenizer.json alone
+    folder = assets / "tokenizers"
+    for name in (
+        folder / "llama2/tokenizer.model", folder / "llama2/tokenizer.bin", tmp_path, tmp_path / "tokenizer.json",
+        folder / "vectors/ggml-vocab-llama-spm.gguf",
+    ):  # fmt: skip
+        found = load_tokenizer(name)
+        assert found.fingerprint == llama2.fingerprint
+        assert (found.bos_id, found.stop_ids) == (1, [2])
+    with pytest.raises(CheckpointError):
+        load_tokenizer(assets / "checkpoints/stories260K/stories260K.bin.none")
 
 
 def test_stories260k_vocabulary(assets: Path) -> None:
