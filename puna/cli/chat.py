@@ -125,19 +125,15 @@ def _take_turn(llama: Any, messages: list[dict[str, Any]], tools: Any, options: 
 def _answer(llama: Any, prompt: list[int], options: dict[str, Any]) -> list[int]:
     """Print the answer as it comes, without anything a terminal would obey; Ctrl-C ends it early."""
     ids: list[int] = []
-    shown = ""
+    stream = llama.tokenizer.stream()
 
     def show(token: int) -> None:
-        nonlocal shown
         ids.append(token)
-        text = llama.tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # half a character waits for its other half
-            print(harmless(text[len(shown) :]), end="", flush=True)
-            shown = text
+        print(harmless(stream.feed(token)), end="", flush=True)
 
     try:
         llama.continue_ids([prompt], on_token=show, **options)
     except KeyboardInterrupt:
         print(" ...", end="")
-    print()
+    print(harmless(stream.end()))
     return ids
