@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
     key: str
     dtype: torch.dtype
-    count: int
+    numel: int
     """Elements of the whole record."""
     offset: int
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class _Name(NamedTuple):
 class _Record(NamedTuple):
     key: str
     dtype: torch.dtype
-    count: int
+    numel: int
 
 
 def read_pickle(raw: bytes) -> Any:
@@ -153,7 +153,7 @@ def _place(record: _Record, offset: int, shape: tuple[int, ...], stride: tuple[i
     if not _whole([offset, *shape, *stride]) or len(shape) != len(stride):
         raise ValueError("sizes")
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    if prod(shape) and last >= record.count:
+    if prod(shape) and last >= record.numel:
         raise Refused("a tensor reaches beyond its record")
     return Place(*record, offset, tuple(shape), tuple(stride))
 
@@ -173,7 +173,7 @@ def _tensor(place: Place) -> bytes:
     record = b"(" + _text("storage") + f"ctorch\n{name}\n".encode() + _text(place.key) + _text("cpu")
     shape, stride = (b"(" + b"".join(map(_number, sizes)) + b"t" for sizes in (place.shape, place.stride))
     needs_no_gradient, hooks = b"\x89", b"ccollections\nOrderedDict\n)R"
-    arguments = (record, _number(place.count), b"tQ", _number(place.offset), shape, stride, needs_no_gradient, hooks)
+    arguments = (record, _number(place.numel), b"tQ", _number(place.offset), shape, stride, needs_no_gradient, hooks)
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + b"".join(arguments) + b"tR"
 
 

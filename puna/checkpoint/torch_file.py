@@ -102,7 +102,7 @@ def _start(file: BinaryIO, archive: zipfile.ZipFile, name: str, place: Place) ->
     file.seek(info.header_offset)
     magic, name_size, extra_size = struct.unpack("<4s22xHH", file.read(_LOCAL))
     start = info.header_offset + _LOCAL + name_size + extra_size
-    size = place.count * place.dtype.itemsize
+    size = place.numel * place.dtype.itemsize
     if magic != b"PK\3\4" or size > info.file_size or start + size > file.seek(0, 2):
         raise Refused(f"the record {name[:80]} does not hold its tensor")
     return start
@@ -110,11 +110,11 @@ def _start(file: BinaryIO, archive: zipfile.ZipFile, name: str, place: Place) ->
 
 def _view(data: mmap.mmap, start: int, place: Place) -> Tensor:
     """The tensor as read-only memory of the file."""
-    if not place.count:
+    if not place.numel:
         return torch.empty(place.shape, dtype=place.dtype)
     with warnings.catch_warnings():  # "not writable": nobody writes into a stored weight
         warnings.simplefilter("ignore")
-        whole = torch.frombuffer(data, dtype=place.dtype, count=place.count, offset=start)
+        whole = torch.frombuffer(data, dtype=place.dtype, count=place.numel, offset=start)
     return whole.as_strided(place.shape, place.stride, place.offset)
 
 
