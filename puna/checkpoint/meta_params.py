@@ -38,9 +38,8 @@ def read_params(params: Mapping[str, Any], vocab_size: int, where: Path) -> Mode
         raise CheckpointError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=where) from None
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"its sizes are not numbers: {error}", where=where) from None
-    wrong = {
-        k: getattr(config, k) for k in (*_SHAPE, "head_dim", "vocab_size", "max_seq_len") if getattr(config, k) < 1
-    }
+    sizes = config.model_dump(include={*_SHAPE, "head_dim", "vocab_size", "max_seq_len"})
+    wrong = {name: size for name, size in sizes.items() if size < 1}
     if wrong or config.head_dim % 2 or config.n_heads % config.n_kv_heads:
         raise CheckpointError(f"no Llama has these sizes: {wrong or sizes}", where=where)
     return config

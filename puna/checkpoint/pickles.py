@@ -7,6 +7,7 @@ written below, and anything else is refused by name. So there is no unpickler th
 
 import pickletools
 import struct
+import warnings
 from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
@@ -55,7 +56,9 @@ def read_pickle(raw: bytes) -> Any:
         Refused: it wants something called that is no tensor, or it is no pickle.
     """
     try:
-        return _run(raw)
+        with warnings.catch_warnings():  # of odd escapes in strings, by the parser
+            warnings.simplefilter("ignore")
+            return _run(raw)
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, struct.error) as error:
         raise Refused(f"its data.pkl is damaged ({type(error).__name__})") from None
 

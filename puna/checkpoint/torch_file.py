@@ -45,9 +45,9 @@ def open_torch_file(path: Path) -> dict[str, Weight]:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise CheckpointError(f"no {path.name} here", where=path.parent, cause="an incomplete copy") from None
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, EOFError) as error:
         raise CheckpointError(
-            f"not a torch file: {_kind(path)} ({error})", where=path,
+            f"not a torch file: {_kind(path)} ({error or 'it ends too early'})", where=path,
             cause="an incomplete download, or another kind of file with this name",
             fix="puna reads what torch.save writes since 1.6, safetensors and GGUF, and runs nothing found in them",
         ) from None  # fmt: skip
