@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from puna.checkpoint.gguf import Gguf, open_gguf
+from puna.checkpoint.rope_layout import to_halves
 from puna.checkpoint.stored import Stored, Weight
 from puna.errors import CheckpointError
 from puna.model.config import ModelConfig
@@ -37,7 +38,7 @@ def open_gguf_model(path: Path) -> Stored:
 def _weight(file: Gguf, name: str, config: ModelConfig) -> Weight:
     def read() -> torch.Tensor:
         weight = torch.from_numpy(file.read(name))
-        return _to_halves(weight, config.head_dim) if name.endswith(("attn_q.weight", "attn_k.weight")) else weight
+        return to_halves(weight, config.head_dim) if name.endswith(("attn_q.weight", "attn_k.weight")) else weight
 
     return Weight(file.shape(name), torch.float32, read)
 
@@ -87,9 +88,3 @@ def _our_name(name: str) -> str:
     if parts[0] in _TOP and len(parts) == 2:
         return f"{_TOP[parts[0]]}.{parts[1]}"
     return name
-
-
-def _to_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows from Meta's interleaved RoPE pairs (2i, 2i + 1) to the half-split ones (i, i + D/2), head by head."""
-    rows = weight.view(-1, head_dim // 2, 2, weight.shape[1])
-    return rows.transpose(1, 2).reshape(weight.shape)
