@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.cli.output import print_json
-from puna.errors import DataError, UsageError
+from puna.errors import DataError
 from puna.log import harmless
 
 _WIDTH = 80
@@ -18,8 +18,6 @@ def compare(a: str, b: str, as_json: bool, prompts: Path | None, text: Path | No
 
     if prompts is not None:
         options["prompts"] = [line for line in _read(prompts).splitlines() if line.strip()]
-        if not options["prompts"]:
-            raise DataError("no prompts: one a line", where=prompts)
     if text is not None:
         options["text"] = _read(text)
     found = verify(a, against=b, **options)
@@ -57,5 +55,5 @@ def _read(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read as UTF-8 text: {error}", where=path) from None
     if not text.strip():
-        raise UsageError("is empty", where=path)
+        raise DataError("is empty", where=path)
     return text

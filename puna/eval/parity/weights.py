@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from puna.checkpoint.rope_layout import to_halves, to_neighbours
 from puna.checkpoint.stored import Stored, Weight
-from puna.checkpoint.torchtune import rows_to_halves, rows_to_neighbours
 from puna.eval.parity.rows import Row
 from puna.lora import lora_layers
 from puna.model.config import ModelConfig
@@ -42,7 +42,8 @@ def compare_weights(a: Stored, b: Stored) -> Weights:
             mistakes[mistake] = mistakes.get(mistake, 0) + 1
     told = [f"{mistake} ({count} tensors)" if count > 1 else mistake for mistake, count in mistakes.items()]
     told += [f"{name_of_worst} by {worst:.2g} of its length"] if name_of_worst else []
-    return Weights(len(both), equal, worst, _missing(a, b) + told)
+    missing = _missing("A", a, b) + _missing("B", b, a)
+    return Weights(len(both), equal, float("inf") if missing else worst, missing + told)
 
 
 def weights_row(found: Weights, storages: tuple[str, str]) -> Row:
@@ -95,19 +96,15 @@ def _usual(name: str, config: ModelConfig) -> dict[str, Callable[[Tensor], Tenso
     if name.endswith("k_proj.weight") and config.n_kv_heads != heads and (config.n_kv_heads * size) % (2 * heads) == 0:
         wrong = config.n_kv_heads * size // heads
         by_heads = {
-            "of B turned with n_heads instead of n_kv_heads": lambda w: rows_to_halves(
-                rows_to_neighbours(w, size), wrong
-            ),
-            "of A turned with n_heads instead of n_kv_heads": lambda w: rows_to_halves(
-                rows_to_neighbours(w, wrong), size
-            ),
+            "of B turned with n_heads instead of n_kv_heads": lambda w: to_halves(to_neighbours(w, size), wrong),
+            "of A turned with n_heads instead of n_kv_heads": lambda w: to_halves(to_neighbours(w, wrong), size),
         }
     else:
         by_heads = {}
     if name.endswith(("q_proj.weight", "k_proj.weight")):
         turned = {
-            "of B has RoPE's rows in Meta's order": lambda w: rows_to_neighbours(w, size),
-            "of A has RoPE's rows in Meta's order": lambda w: rows_to_halves(w, size),
+            "of B has RoPE's rows in Meta's order": lambda w: to_neighbours(w, size),
+            "of A has RoPE's rows in Meta's order": lambda w: to_halves(w, size),
         }
         return {**turned, **by_heads}
     if name in ("embed_tokens.weight", "lm_head.weight"):
@@ -118,7 +115,11 @@ def _usual(name: str, config: ModelConfig) -> dict[str, Callable[[Tensor], Tenso
     return {}
 
 
-def _missing(a: Stored, b: Stored) -> list[str]:
-    """Tensors that only one has; a tied head that is stored all the same is no loss."""
-    only = {"A": sorted(a.weights.keys() - b.weights.keys()), "B": sorted(b.weights.keys() - a.weights.keys())}
-    return [f"only {side} has {', '.join(names[:3])}" for side, names in only.items() if names]
+def _missing(side: str, of: Stored, other: Stored) -> list[str]:
+    """Tensors that only one has. A head that equals the embedding is no loss: that is what tied means."""
+    names = sorted(of.weights.keys() - other.weights.keys())
+    if "lm_head.weight" in names and "embed_tokens.weight" in other.weights:
+        names.remove("lm_head.weight")
+        if _gap(of.weights["lm_head.weight"].read(), other.weights["embed_tokens.weight"].read()):
+            return [f"only {side} has lm_head.weight, and it is not the embedding"]
+    return [f"only {side} has {', '.join(names[:3])}"] if names else []
