@@ -15,7 +15,8 @@ from test_model import build, reference
 from torch import Tensor
 
 from puna.checkpoint.adapter import load_adapter, save_adapter
-from puna.checkpoint.torchtune import from_torchtune, rows_to_neighbours, to_torchtune
+from puna.checkpoint.rope_layout import to_neighbours
+from puna.checkpoint.torchtune import from_torchtune, to_torchtune
 from puna.data.packing import PackedLoader
 from puna.errors import CheckpointError, UsageError
 from puna.lora import LoraConfig, add_lora, lora_layers, lora_parameters, merge_lora
@@ -183,7 +184,7 @@ def test_torchtunes_adapters_keep_their_logits(kind: str, tokenizer_folder: Path
     layers = {name: layer for name, layer in lora_layers(meta).items() if re.search("[qk]_proj$", name)}
     for name, layer in layers.items():
         part = name.replace("self_attn", "attn")
-        layer.base.weight.data = rows_to_neighbours(layer.base.weight.data, GQA.head_dim)
+        layer.base.weight.data = to_neighbours(layer.base.weight.data, GQA.head_dim)
         layer.lora_B.weight.data = theirs[f"{part}.lora_b.weight"]
         if config.dora:
             layer.lora_magnitude_vector.data = theirs[f"{part}.magnitude"]

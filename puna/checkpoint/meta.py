@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from puna.checkpoint.meta_layout import EMBEDDING, HEAD, cut_axis, from_meta_name, is_key_or_value, is_rotated
+from puna.checkpoint.meta_layout import EMBEDDING, HEAD, cut_axis, from_meta_name, is_key_or_value
 from puna.checkpoint.meta_params import read_params
 from puna.checkpoint.model_directory import read_json
-from puna.checkpoint.rope_layout import to_halves
+from puna.checkpoint.rope_layout import is_rotated, to_halves
 from puna.checkpoint.stored import Stored, Weight
 from puna.checkpoint.torch_file import open_torch_file
 from puna.errors import CheckpointError
+from puna.lineage import read_lineage
 from puna.model.config import ModelConfig
-from puna.tokenizer.tokenizer import Tokenizer
+from puna.tokenizer.formats import tokenizer_from
 
 PARAMS = "params.json"
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
@@ -46,12 +47,14 @@ def open_meta(folder: Path) -> Stored:
     repeat = _repeats(shards, config)
     heads = _heads(shards, config) // repeat or config.n_kv_heads
     config = config.model_copy(update={"n_kv_heads": heads, "tie_embeddings": _tied(shards, by_rows)})
-    lineage = read_json(folder / "puna.json") if (folder / "puna.json").exists() else {}
+    lineage = read_lineage(folder)
     if isinstance(context := lineage.get("max_seq_len"), int):
         config = config.model_copy(update={"max_seq_len": context})
     joined = partial(_joined, shards=shards, config=config, by_rows=by_rows, repeat=repeat)
     weights = {name: joined(name) for name in shards[0] if not (name == HEAD and config.tie_embeddings)}
-    return Stored(folder, "meta", config, weights, _storage(weights), files, lambda: Tokenizer(folder), (), lineage)
+    april = config.rope_scaling is None  # whose control tokens have fewer names
+    tokenizer = partial(tokenizer_from, folder, "llama3" if april else "llama3.1")
+    return Stored(folder, "meta", config, weights, _storage(weights), files, tokenizer, (), lineage)
 
 
 def _shard_files(folder: Path) -> list[Path]:

@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from puna.checkpoint.meta import PARAMS
-from puna.checkpoint.meta_layout import EMBEDDING, HEAD, cut, cut_axis, is_key_or_value, is_rotated, to_meta_name
+from puna.checkpoint.meta_layout import EMBEDDING, HEAD, cut, cut_axis, is_key_or_value, to_meta_name
 from puna.checkpoint.meta_params import write_params
 from puna.checkpoint.names import DTYPES
-from puna.checkpoint.rope_layout import to_neighbours
+from puna.checkpoint.rope_layout import is_rotated, to_neighbours
 from puna.checkpoint.stored import Stored, expected_shapes
 from puna.checkpoint.torch_file import TorchFile
 from puna.errors import UsageError
 from puna.files import write_json, write_text
+from puna.lineage import write_lineage
+from puna.log import log
 from puna.model.config import ModelConfig
+from puna.tokenizer.formats import sentencepiece_model, tiktoken_ranks
 from puna.tokenizer.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer.model"
 
 
 def check_shards(config: ModelConfig, shards: int) -> None:
@@ -54,16 +59,20 @@ def write_meta(
     """
     config, tokenizer = stored.config, stored.read_tokenizer()
     check_shards(config, shards)
-    _write_shards(stored, folder, shards, dtype, by_rows=not _sentencepiece(tokenizer), progress=progress)
+    sentencepiece = sentencepiece_model(tokenizer)
+    _write_shards(stored, folder, shards, dtype, by_rows=sentencepiece is None, progress=progress)
     write_json(folder / PARAMS, write_params(config, max(config.n_kv_heads, shards)))
-    tokenizer.save(folder)
+    _write_tokenizer(folder, tokenizer, sentencepiece or tiktoken_ranks(tokenizer))
     _write_checklist(folder)
-    apart = {"max_seq_len": config.max_seq_len, "tokenizer": tokenizer.fingerprint}
-    write_json(folder / "puna.json", {**lineage, **apart})
+    write_lineage(folder, {**lineage, "max_seq_len": config.max_seq_len})
 
 
-def _sentencepiece(tokenizer: Tokenizer) -> bool:
-    return False
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: bytes | None) -> None:
+    tokenizer.save(folder)  # tokenizer.json too: control tokens and the template have no place in a tokenizer.model
+    if model is not None:
+        (folder / TOKENIZER).write_bytes(model)
+    else:
+        log.warning("no %s: this tokenizer is neither Llama 1/2's kind nor Llama 3's, Meta's code has none", TOKENIZER)
 
 
 def _write_shards(
@@ -102,7 +111,7 @@ def _part(shape: tuple[int, ...], axis: int | None, parts: int) -> tuple[int, ..
 def _write_checklist(folder: Path) -> None:
     """checklist.chk: what `md5sum -c` checks."""
     lines = []
-    for file in sorted([*folder.glob("consolidated.*.pth"), *folder.glob("tokenizer.model"), folder / PARAMS]):
+    for file in sorted([*folder.glob("consolidated.*.pth"), *folder.glob(TOKENIZER), folder / PARAMS]):
         with file.open("rb") as content:
             lines.append(f"{hashlib.file_digest(content, 'md5').hexdigest()}  {file.name}\n")
     write_text(folder / "checklist.chk", "".join(lines))

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from puna.checkpoint.rope_layout import to_halves, to_neighbours
+
 _LAYERS = {
     "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
     "attn.output_proj": "self_attn.o_proj", "mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.down_proj",
@@ -26,24 +28,14 @@ def is_torchtune(names: Mapping[str, object]) -> bool:
 def from_torchtune(tensors: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
     """torchtune's adapter tensors under our names, in our row order. Names that are none of its stay as they are."""
     renamed = {_renamed(name, _LAYERS, _PARTS): tensor for name, tensor in tensors.items()}
-    return {n: rows_to_halves(t, head_dim) if n.endswith(_TURNED) else t for n, t in renamed.items()}
+    return {n: to_halves(t, head_dim) if n.endswith(_TURNED) else t for n, t in renamed.items()}
 
 
 def to_torchtune(tensors: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
     """Our adapter tensors as torchtune names and orders them."""
-    turned = {n: rows_to_neighbours(t, head_dim) if n.endswith(_TURNED) else t for n, t in tensors.items()}
+    turned = {n: to_neighbours(t, head_dim) if n.endswith(_TURNED) else t for n, t in tensors.items()}
     layers, parts = ({ours: theirs for theirs, ours in table.items()} for table in (_LAYERS, _PARTS))
     return {_renamed(name, layers, parts): tensor for name, tensor in turned.items()}
-
-
-def rows_to_halves(tensor: Tensor, head_dim: int) -> Tensor:
-    """(H * D, ...) rows from Meta's order to ours, head by head."""
-    return tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(tensor.shape)
-
-
-def rows_to_neighbours(tensor: Tensor, head_dim: int) -> Tensor:
-    """(H * D, ...) rows from our order to Meta's, head by head."""
-    return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(tensor.shape)
 
 
 def _renamed(name: str, layers: Mapping[str, str], parts: Mapping[str, str]) -> str:
