@@ -1,6 +1,7 @@
 """The Python API's object: a model with its tokenizer."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +94,9 @@ def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
         stops = dict.fromkeys([*tokenizer.stop_ids, *base.stop_ids])
         return Llama(base.model.eval(), tokenizer, found, list(stops))
     stored = open_model(found)
-    tokenizer = stored.read_tokenizer()
+    with ThreadPoolExecutor(1) as side:  # parsing a vocabulary takes as long as the weights, and holds no lock
+        reading = side.submit(stored.read_tokenizer)
+        model = stored.load(compute, where)
+    tokenizer = reading.result()
     stops = dict.fromkeys([*tokenizer.stop_ids, *stored.stop_ids])
-    return Llama(stored.load(compute, where), tokenizer, found, list(stops))
+    return Llama(model, tokenizer, found, list(stops))
