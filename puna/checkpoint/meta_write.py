@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from puna.checkpoint.meta import PARAMS
 from puna.checkpoint.meta_layout import EMBEDDING, HEAD, cut, cut_axis, is_key_or_value, to_meta_name
 from puna.checkpoint.meta_params import write_params
@@ -52,7 +54,7 @@ def write_meta(
     A tensor is read, cut and written to all shards before the next is touched.
 
     Args:
-        dtype: fp32, bf16, fp16 or fp64; None: as stored.
+        dtype: fp32, bf16, fp16 or fp64; None keeps what is stored, or takes bf16 for a quantized model.
 
     Raises:
         UsageError: see `check_shards`.
@@ -80,7 +82,8 @@ def _write_shards(
 ) -> None:
     config, repeat = stored.config, max(1, shards // stored.config.n_kv_heads)
     shapes = expected_shapes(config)
-    dtypes = {name: DTYPES[dtype] if dtype else stored.weights[name].dtype for name in shapes}
+    target = DTYPES[dtype] if dtype else torch.bfloat16 if stored.quantized else None
+    dtypes = {name: target or stored.weights[name].dtype for name in shapes}
     axes = {name: cut_axis(name) if by_rows or name != EMBEDDING else 1 for name in shapes}
     copies = {name: repeat if is_key_or_value(name) else 1 for name in shapes}
     if config.tie_embeddings and not by_rows:  # the head is cut by rows, so it is not the same bytes
@@ -101,7 +104,8 @@ def _write_shards(
                 tensor = to_neighbours(tensor, config.head_dim)
             for shard, file in enumerate(files):
                 file.write(to_meta_name(name), cut(tensor, axes[name], shards, shard, copies[name]))
-            progress(name)
+            if name in stored.weights:
+                progress(name)
 
 
 def _part(shape: tuple[int, ...], axis: int | None, parts: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from puna.checkpoint.gguf_model import open_gguf_model
 from puna.checkpoint.meta import PARAMS, open_meta
 from puna.checkpoint.model_directory import checkpoints, open_model_directory
 from puna.checkpoint.stored import Stored
+from puna.checkpoint.torch_file import open_torch_file
 from puna.config import nearest, nearest_path
 from puna.errors import CheckpointError
 from puna.packages import Package
@@ -59,7 +60,7 @@ def open_model(name: str | Path) -> Stored:
         )
     if found.suffix == ".gguf":
         return open_gguf_model(found)
-    return open_model_directory(found) if (found / "config.json").exists() else open_meta(found)
+    return open_model_directory(found, open_torch_file) if (found / "config.json").exists() else open_meta(found)
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:

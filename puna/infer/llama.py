@@ -1,6 +1,7 @@
 """The Python API's object: a model with its tokenizer."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,9 +94,11 @@ def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
     compute = choose_dtype(dtype, where)
     adapted = (found / ADAPTER).exists()
     stored = open_model(base_of(found) if adapted else found)
-    model = stored.load(compute, where)
+    with ThreadPoolExecutor(1) as side:  # parsing a vocabulary takes as long as the weights, and holds no lock
+        reading = side.submit(tokenizer_of, found, stored)
+        model = stored.load(compute, where)
     if adapted:
         load_adapter(model, found)
-    tokenizer = tokenizer_of(found, stored)
+    tokenizer = reading.result()
     stops = dict.fromkeys([*tokenizer.stop_ids, *stored.stop_ids])
     return Llama(model.eval(), tokenizer, found, list(stops))
