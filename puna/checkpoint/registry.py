@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from puna.checkpoint.gguf_model import open_gguf_model
+from puna.checkpoint.gguf import open_gguf
+from puna.checkpoint.gguf_model import gguf_tokenizer, open_gguf_model
 from puna.checkpoint.meta import PARAMS, open_meta
 from puna.checkpoint.model_directory import checkpoints, open_model_directory
 from puna.checkpoint.stored import Stored
@@ -10,6 +11,7 @@ from puna.checkpoint.torch_file import open_torch_file
 from puna.config import nearest, nearest_path
 from puna.errors import CheckpointError
 from puna.packages import Package
+from puna.tokenizer.formats import is_tokenizer, tokenizer_from
 from puna.tokenizer.tokenizer import Tokenizer
 
 REGISTERED = {
@@ -64,10 +66,13 @@ def open_model(name: str | Path) -> Stored:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer of a tokenizer folder, or of anything `find_model` finds; no weights are read."""
-    if (Path(name).expanduser() / "tokenizer.json").exists():
-        return Tokenizer(Path(name).expanduser())
+    """The tokenizer of a tokenizer's folder or file, or of anything `find_model` finds; no weights are read."""
+    path = Path(name).expanduser()
+    if is_tokenizer(path) and not (path / "params.json").exists():  # Meta's, which decide how control tokens are named
+        return tokenizer_from(path)
     found = find_model(name)
+    if found.suffix == ".gguf":
+        return gguf_tokenizer(open_gguf(found))  # a vocabulary alone is enough
     return Tokenizer(found) if (found / "adapter_config.json").exists() else open_model(found).read_tokenizer()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -19,6 +19,7 @@ from puna.errors import UsageError
 from puna.files import atomic_folder
 from puna.infer.generate import generate
 from puna.lineage import lineage
+from puna.model.resize import resize_embeddings
 from puna.model.transformer import Transformer
 from puna.tokenizer.chat import ChatFormat, Message
 from puna.tokenizer.tokenizer import Tokenizer
@@ -68,6 +69,19 @@ class Llama:
     def continue_ids(self, prompts: Sequence[Sequence[int]], max_tokens: int, **sampling: Any) -> list[list[int]]:
         """Ids that continue each prompt of ids, ended by one of `stop_ids` or by length."""
         return generate(self.model, prompts, max_tokens=max_tokens, stop_ids=self.stop_ids, **sampling)
+
+    def add_tokens(self, tokens: Sequence[str], *, special: bool = True) -> "Llama":
+        """A model with more tokens: their ids at the end, their rows in embedding and head the mean of all others.
+
+        Args:
+            special: control tokens, which text never becomes; otherwise words that are always one id.
+
+        Raises:
+            UsageError: a token that exists already.
+        """
+        tokenizer = self.tokenizer.with_tokens(tokens, special=special)
+        rows = max(self.model.config.vocab_size, tokenizer.vocab_size)
+        return replace(self, model=resize_embeddings(self.model, rows, self.tokenizer.vocab_size), tokenizer=tokenizer)
 
     def save(self, path: str | Path, dtype: str = "bf16", made_from: Mapping[str, Any] | None = None) -> None:
         """Write a model directory that transformers, vLLM and llama.cpp's converter open.
