@@ -24,6 +24,7 @@ from puna.checkpoint.gguf_write import write_gguf
 from puna.checkpoint.registry import REGISTERED, open_model
 from puna.checkpoint.stored import Stored
 from puna.errors import CheckpointError, NumericError, UsageError
+from puna.eval.doctor import written_out
 from puna.infer.llama import Llama
 from puna.model.config import ModelConfig, RopeScaling
 from puna.model.presets import PRESETS
@@ -226,6 +227,18 @@ def test_rope_scaling_is_recovered(head_dim: int, factor: float) -> None:
     for wrong in (divisors[::-1], divisors[:-1], divisors * np.float32(np.nan), divisors * 2, divisors**2):
         with pytest.raises(CheckpointError, match="rope_freqs"):
             rope_scaling(wrong, {}, head_dim, 500000.0, "")
+
+
+def test_the_doctors_oracle_reads_the_scaling(stored: Stored, tmp_path: Path) -> None:
+    """An oracle that does not know rope_freqs calls every sound GGUF of Llama 3.1 broken."""
+    file = written(stored, tmp_path / "m.gguf", "F32")
+    ids = torch.randint(0, 600, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+    values, weights, interleaved = written_out.read(file, torch.float64, torch.device("cpu"))
+    theirs = written_out.logits(values, weights, ids, interleaved)
+    ours = open_gguf_model(file).load(torch.float64, torch.device("cpu"))(torch.tensor([ids]))[0]
+    assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+    values["rope_scaling"] = None
+    assert (ours - written_out.logits(values, weights, ids, interleaved)).abs().max() > 1e-3
 
 
 def test_llama_cpp_reads_every_kind_as_puna_does(stored: Stored, tmp_path: Path) -> None:
