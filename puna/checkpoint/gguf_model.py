@@ -12,6 +12,7 @@ from puna.checkpoint.gguf import Gguf, open_gguf
 from puna.checkpoint.gguf_blocks import Ggml
 from puna.checkpoint.gguf_rope import TENSOR as ROPE
 from puna.checkpoint.gguf_rope import refuse_other_scaling, rope_scaling
+from puna.checkpoint.rope_layout import is_rotated, to_halves
 from puna.checkpoint.stored import Stored, Weight
 from puna.errors import CheckpointError
 from puna.model.config import ModelConfig, RopeScaling
@@ -103,11 +104,6 @@ def gguf_name(name: str) -> str:
     return f"{top}.{parts[-1]}"
 
 
-def is_rotated(name: str) -> bool:
-    """Whether RoPE turns the rows of this weight, so that their order differs between Meta's layout and ours."""
-    return name.endswith(("q_proj.weight", "k_proj.weight"))
-
-
 def _weight(file: Gguf, name: str, config: ModelConfig) -> Weight:
     dtype = _DTYPES.get(file.kind(name))
 
@@ -116,21 +112,9 @@ def _weight(file: Gguf, name: str, config: ModelConfig) -> Weight:
             weight = torch.from_numpy(file.read(name))
         else:
             weight = torch.from_numpy(file.raw(name).copy()).view(dtype).view(file.shape(name))
-        return _to_halves(weight, config.head_dim) if is_rotated(our_name(name)) else weight
+        return to_halves(weight, config.head_dim) if is_rotated(our_name(name)) else weight
 
     return Weight(file.shape(name), dtype or torch.float32, read)
-
-
-def _to_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows from Meta's interleaved RoPE pairs (2i, 2i + 1) to the half-split ones (i, i + D/2), head by head."""
-    rows = weight.view(-1, head_dim // 2, 2, weight.shape[1])
-    return rows.transpose(1, 2).reshape(weight.shape)
-
-
-def to_neighbours(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The inverse of `_to_halves`, for whole heads."""
-    rows = weight.view(-1, 2, head_dim // 2, weight.shape[1])
-    return rows.transpose(1, 2).reshape(weight.shape)
 
 
 def _count(file: Gguf, key: str, default: int | None = None) -> int:

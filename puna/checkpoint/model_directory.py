@@ -15,6 +15,7 @@ from puna.checkpoint.stored import Stored, Weight
 from puna.dist.fsdp import gathered
 from puna.errors import CheckpointError
 from puna.files import write_json
+from puna.lineage import read_lineage, write_lineage
 from puna.model.transformer import Transformer
 from puna.ranks import rank
 from puna.tokenizer.tokenizer import Tokenizer
@@ -48,7 +49,7 @@ def save_model(
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "do_sample": True}
     write_json(folder / "generation_config.json", generation)
     tokenizer.save(folder)
-    write_json(folder / "puna.json", {**lineage, "tokenizer": tokenizer.fingerprint})
+    write_lineage(folder, lineage)
 
 
 def open_model_directory(folder: Path) -> Stored:
@@ -62,10 +63,9 @@ def open_model_directory(folder: Path) -> Stored:
     weights = {from_disk_name(name): weight for file in files for name, weight in _weights(file).items()}
     if config.tie_embeddings:
         weights.pop("lm_head.weight", None)  # some writers store the tied head a second time
-    lineage = read_json(folder / "puna.json") if (folder / "puna.json").exists() else {}
     return Stored(
         folder, "hf", config, weights, stored_dtype(files[0]), files, lambda: Tokenizer(folder),
-        read_stop_ids(folder), lineage,
+        read_stop_ids(folder), read_lineage(folder),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from puna.checkpoint.gguf_model import open_gguf_model
+from puna.checkpoint.meta import PARAMS, open_meta
 from puna.checkpoint.model_directory import checkpoints, open_model_directory
 from puna.checkpoint.stored import Stored
 from puna.config import nearest, nearest_path
@@ -56,7 +57,9 @@ def open_model(name: str | Path) -> Stored:
         raise CheckpointError(
             "an adapter, not a whole model", where=found, fix=f"puna merge {found} FOLDER, then use FOLDER"
         )
-    return open_gguf_model(found) if found.suffix == ".gguf" else open_model_directory(found)
+    if found.suffix == ".gguf":
+        return open_gguf_model(found)
+    return open_model_directory(found) if (found / "config.json").exists() else open_meta(found)
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -68,4 +71,4 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def _holds_model(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    return any((folder / name).exists() for name in ("config.json", "adapter_config.json", PARAMS))

@@ -1,6 +1,6 @@
 """The Python API's object: a model with its tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from puna.checkpoint.adapter import CONFIG as ADAPTER
-from puna.checkpoint.adapter import base_of, load_adapter
+from puna.checkpoint.adapter import base_of, load_adapter, tokenizer_of
 from puna.checkpoint.model_directory import save_model
 from puna.checkpoint.registry import find_model, open_model
 from puna.device import choose_device, choose_dtype
 from puna.errors import UsageError
 from puna.files import atomic_folder
 from puna.infer.generate import generate
+from puna.lineage import lineage
 from puna.model.transformer import Transformer
 from puna.tokenizer.chat import ChatFormat, Message
 from puna.tokenizer.tokenizer import Tokenizer
@@ -67,11 +68,15 @@ class Llama:
         """Ids that continue each prompt of ids, ended by one of `stop_ids` or by length."""
         return generate(self.model, prompts, max_tokens=max_tokens, stop_ids=self.stop_ids, **sampling)
 
-    def save(self, path: str | Path, dtype: str = "bf16") -> None:
-        """Write a model directory that transformers, vLLM and llama.cpp's converter open."""
+    def save(self, path: str | Path, dtype: str = "bf16", made_from: Mapping[str, Any] | None = None) -> None:
+        """Write a model directory that transformers, vLLM and llama.cpp's converter open.
+
+        Args:
+            made_from: its lineage; by default that it was saved from this model.
+        """
         with atomic_folder(Path(path)) as folder:
-            lineage = {"format": 1, "parents": [str(self.path)]}
-            save_model(folder, self.model, self.tokenizer, dtype, lineage, self.stop_ids)
+            made_from = made_from or lineage("save", [self.path])
+            save_model(folder, self.model, self.tokenizer, dtype, dict(made_from), self.stop_ids)
 
 
 def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
@@ -86,13 +91,11 @@ def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
     where = choose_device(device)
     found = find_model(path)
     compute = choose_dtype(dtype, where)
-    if (found / ADAPTER).exists():
-        base = load(base_of(found), dtype=dtype, device=device)
-        load_adapter(base.model, found)
-        tokenizer = Tokenizer(found)
-        stops = dict.fromkeys([*tokenizer.stop_ids, *base.stop_ids])
-        return Llama(base.model.eval(), tokenizer, found, list(stops))
-    stored = open_model(found)
-    tokenizer = stored.read_tokenizer()
+    adapted = (found / ADAPTER).exists()
+    stored = open_model(base_of(found) if adapted else found)
+    model = stored.load(compute, where)
+    if adapted:
+        load_adapter(model, found)
+    tokenizer = tokenizer_of(found, stored)
     stops = dict.fromkeys([*tokenizer.stop_ids, *stored.stop_ids])
-    return Llama(stored.load(compute, where), tokenizer, found, list(stops))
+    return Llama(model.eval(), tokenizer, found, list(stops))
