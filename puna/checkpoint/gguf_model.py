@@ -179,7 +179,8 @@ def _hold_against_tensors(config: ModelConfig, file: Gguf) -> None:
 def _stop_ids(file: Gguf) -> list[int]:
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     found = [file.metadata.get(key) for key in keys]
-    return [id for id in found if isinstance(id, int) and 0 <= id < file.shape("token_embd.weight")[0]]
+    rows = file.shape("token_embd.weight")[0]
+    return list(dict.fromkeys(id for id in found if isinstance(id, int) and 0 <= id < rows))
 
 
 def _lineage(file: Gguf) -> dict[str, Any]:

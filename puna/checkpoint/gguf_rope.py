@@ -49,10 +49,10 @@ def rope_scaling(
     Raises:
         CheckpointError: no scaling of type llama3 explains them.
     """
-    if divisors.shape == (head_dim // 2,) and np.isfinite(divisors).all() and (divisors >= 1).all():
-        if (divisors == 1).all():
+    if divisors.shape == (head_dim // 2,) and np.isfinite(divisors).all():
+        if np.allclose(divisors, 1, rtol=_TOLERANCE, atol=0):
             return None
-        factors = dict.fromkeys([float(divisors.max()), 8.0, 32.0])  # the largest is it, if any wave is that long
+        factors = dict.fromkeys([8.0, 32.0, float(divisors.max())])  # the largest is it, if any wave is that long
         for factor, *rest in product(factors, *(_candidates(metadata, key) for key in _USUAL)):
             scaling = _scaling(factor, *rest)
             if scaling and np.allclose(rope_divisors(scaling, head_dim, theta), divisors, rtol=_TOLERANCE, atol=0):

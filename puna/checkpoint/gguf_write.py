@@ -23,7 +23,6 @@ from puna.tokenizer.gguf_vocab import gguf_fields
 
 _ALIGNMENT = 32
 _CHUNK = 1 << 22  # weights turned into fp32 at once: 16 MB beside a tensor
-_UNUSED = 5
 
 
 class _Entry(NamedTuple):
@@ -128,16 +127,11 @@ def _metadata(stored: Stored, kind: str) -> dict[str, Any]:
 
 
 def _vocabulary(stored: Stored, config: ModelConfig) -> dict[str, Any]:
-    """The tokenizer's fields, with a token for every row of the embedding: llama.cpp counts rows by tokens."""
-    fields = gguf_fields(stored.read_tokenizer())
-    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    if len(tokens) > config.vocab_size:
-        raise CheckpointError(f"{len(tokens)} tokens and {config.vocab_size} rows of embedding", where=stored.path)
-    more = range(len(tokens), config.vocab_size)
-    fields["tokenizer.ggml.tokens"] = [*tokens, *(f"[PAD{i}]" for i in more)]
-    fields["tokenizer.ggml.token_type"] = [*kinds, *(_UNUSED for _ in more)]
-    if "tokenizer.ggml.scores" in fields:
-        fields["tokenizer.ggml.scores"] = [*fields["tokenizer.ggml.scores"], *(-1000.0 for _ in more)]
+    """The tokenizer's fields with a token for every row of the embedding (llama.cpp counts rows by tokens), and a stop
+    id that only generation_config.json has."""
+    fields = gguf_fields(stored.read_tokenizer(), config.vocab_size)
+    if (tokens := len(fields["tokenizer.ggml.tokens"])) != config.vocab_size:
+        raise CheckpointError(f"{tokens} tokens and {config.vocab_size} rows of embedding", where=stored.path)
     told = {fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
     if stops := [id for id in stored.stop_ids if id not in told]:
         fields.setdefault("tokenizer.ggml.eot_token_id", stops[0])

