@@ -77,10 +77,15 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with the adapter added into its weight; the sum is made in fp32 at least."""
-        stretch, weight = self._stretch(), self._sum()
-        self.base.weight.copy_(weight if stretch is None else stretch[:, None] * weight)
+        """The base layer with the adapter added into its weight."""
+        self.base.weight.copy_(self.full_weight())
         return self.base
+
+    @torch.no_grad()
+    def full_weight(self) -> Tensor:
+        """The base weight with the adapter in it, (out, in), in fp32 at least."""
+        stretch, weight = self._stretch(), self._sum()
+        return weight if stretch is None else stretch[:, None] * weight
 
     def _stretch(self) -> Tensor | None:
         """DoRA's m / ||W + s B A|| of each row, (out,). The norm is a constant (section 4.3): half the memory."""

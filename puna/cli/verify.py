@@ -1,4 +1,4 @@
-"""`puna verify`: is everything as it was written?"""
+"""`puna verify`: is everything as it was written? With --against: do two models say the same?"""
 
 import contextlib
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from puna.cli.output import Json, print_json
 from puna.errors import CheckpointError, DataError, PunaError, UsageError
 from puna.files import MANIFEST, damage, read_manifest
 
-_DATA, _MODEL = {"index.json", "tokenizer.json"}, {"config.json", "adapter_config.json"}
+_DATA, _MODEL = {"index.json", "tokenizer.json"}, {"config.json", "adapter_config.json", "params.json"}
+_DTYPES = ("fp32", "fp64", "bf16")
 
 
 class Checked(NamedTuple):
@@ -41,9 +42,33 @@ def verify(
             metavar="PATH", help="A run, model, adapter, shard or tokenizer folder, one of several of them, or a file."
         ),
     ],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare what PATH and MODEL say, of any formats.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="With --against: what to ask, one a line.")] = None,
+    text: Annotated[Path | None, typer.Option(help="With --against: a UTF-8 text for the perplexities.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Largest difference of a logit; by default it depends on what is compared.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most ids in an answer.", min=1)] = 32,
+    dtype: Annotated[str, typer.Option(help="What both compute in: fp32, fp64 or bf16.")] = "fp32",
     as_json: bool = Json,
 ) -> None:
-    """Compare every file with the hash it was written with; exit code 4 for a damaged model, 3 for damaged data."""
+    """Compare every file with the hash it was written with; with --against, what two models say.
+
+    Exit code 4 for a damaged model, 3 for damaged data, 5 for models that differ by more than the budget.
+    """
+    if against is not None:
+        if dtype not in _DTYPES:
+            raise UsageError(f"`{dtype}` is not a dtype", fix=f"--dtype {', '.join(_DTYPES)}")
+        from puna.cli.compare import compare
+
+        options = {"budget": budget, "max_tokens": max_tokens, "dtype": dtype}
+        if not compare(str(path), against, as_json, prompts, text, **options):
+            raise typer.Exit(5)
+        return
+    if prompts or text or budget is not None:
+        raise UsageError("nothing to compare it with", fix=f"puna verify {path} --against MODEL")
     found = [_folder(place) if place.is_dir() else _file(place) for place in _places(path)]
     if as_json:
         print_json([checked._asdict() for checked in found])
