@@ -22,8 +22,7 @@ from puna.checkpoint.pickles import Refused, read_pickle
 from puna.checkpoint.torch_file import TorchFile, open_torch_file
 from puna.errors import CheckpointError
 
-KINDS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
-KINDS += [torch.int8, torch.uint8, torch.bool]
+KINDS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def tensors() -> dict[str, Tensor]:
@@ -49,7 +48,7 @@ def test_read_equals_torch(kind: type, protocol: int, tmp_path: Path) -> None:
 
 def test_a_modules_state_is_read(tmp_path: Path) -> None:
     """state_dict() carries module versions as attributes of the dictionary."""
-    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    module = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     torch.save(module.state_dict(), tmp_path / "a.bin")
     read = open_torch_file(tmp_path / "a.bin")
     assert all(torch.equal(read[n].read(), t) for n, t in module.state_dict().items())
@@ -233,7 +232,8 @@ MALFORMED: dict[str, bytes] = {
     "a negative stride": archive(tensor(stride=(-1,)), DATA),
     "other dimensions": archive(tensor(shape=(2, 2)), DATA),
     "a compressed record": archive(tensor(), DATA, zipfile.ZIP_DEFLATED),
-    "no such dtype": archive(tensor(kind=b"ComplexDoubleStorage"), DATA),
+    "complex numbers": archive(tensor(kind=b"ComplexFloatStorage"), DATA),
+    "a quantized model": archive(tensor(kind=b"CharStorage"), DATA),
     "outside the archive": archive(tensor(key=b"../../../etc/passwd"), DATA),
     "big-endian": archive(tensor(), {**DATA, "byteorder": b"big"}),
     "zeros": bytes(1000),

@@ -1,7 +1,6 @@
 """Meta's checkpoints: params.json, consolidated.00.pth and further shards, tokenizer.model."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -10,19 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from puna.checkpoint.meta_layout import EMBEDDING, HEAD, cut_axis, from_meta_name, is_key_or_value, is_rotated
+from puna.checkpoint.meta_layout import EMBEDDING, HEAD, cut_axis, from_meta_name, is_key_or_value
 from puna.checkpoint.meta_params import read_params
-from puna.checkpoint.model_directory import read_json
-from puna.checkpoint.rope_layout import to_halves
+from puna.checkpoint.rope_layout import is_rotated, to_halves
 from puna.checkpoint.stored import Stored, Weight
 from puna.checkpoint.torch_file import open_torch_file
+from puna.checkpoint.weight_files import read_json, storage
 from puna.errors import CheckpointError
+from puna.lineage import read_lineage
 from puna.model.config import ModelConfig
-from puna.tokenizer.tokenizer import Tokenizer
+from puna.tokenizer.formats import tokenizer_from
 
 PARAMS = "params.json"
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _ROWS_COMPARED = 1024  # at a time: two different matrices differ in the first ones
 _KEYS, _VALUES = "layers.0.self_attn.k_proj.weight", "layers.0.self_attn.v_proj.weight"
 
@@ -46,12 +45,14 @@ def open_meta(folder: Path) -> Stored:
     repeat = _repeats(shards, config)
     heads = _heads(shards, config) // repeat or config.n_kv_heads
     config = config.model_copy(update={"n_kv_heads": heads, "tie_embeddings": _tied(shards, by_rows)})
-    lineage = read_json(folder / "puna.json") if (folder / "puna.json").exists() else {}
+    lineage = read_lineage(folder)
     if isinstance(context := lineage.get("max_seq_len"), int):
         config = config.model_copy(update={"max_seq_len": context})
     joined = partial(_joined, shards=shards, config=config, by_rows=by_rows, repeat=repeat)
     weights = {name: joined(name) for name in shards[0] if not (name == HEAD and config.tie_embeddings)}
-    return Stored(folder, "meta", config, weights, _storage(weights), files, lambda: Tokenizer(folder), (), lineage)
+    april = config.rope_scaling is None  # whose control tokens have fewer names
+    tokenizer = partial(tokenizer_from, folder, "llama3" if april else "llama3.1")
+    return Stored(folder, "meta", config, weights, storage(weights), files, tokenizer, (), lineage)
 
 
 def _shard_files(folder: Path) -> list[Path]:
@@ -132,8 +133,3 @@ def _joined(name: str, shards: Shards, config: ModelConfig, by_rows: bool, repea
         return to_halves(whole, config.head_dim) if is_rotated(name) else whole
 
     return Weight(tuple(shape), parts[0].dtype, read)
-
-
-def _storage(weights: Mapping[str, Weight]) -> str:
-    counts = Counter(_DTYPES.get(w.dtype, str(w.dtype)) for w in weights.values()).most_common()
-    return counts[0][0] if len(counts) == 1 else ", ".join(f"{kind} x {count}" for kind, count in counts)

@@ -40,11 +40,6 @@ def cut_axis(name: str) -> int | None:
     return None if name.endswith("norm.weight") else 0
 
 
-def is_rotated(name: str) -> bool:
-    """Whether the rows are in RoPE's order."""
-    return name.endswith(("q_proj.weight", "k_proj.weight"))
-
-
 def is_key_or_value(name: str) -> bool:
     """Whether shards repeat its heads when there are more shards than heads."""
     return name.endswith(("k_proj.weight", "v_proj.weight"))

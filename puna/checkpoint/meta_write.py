@@ -6,17 +6,24 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from puna.checkpoint.meta import PARAMS
-from puna.checkpoint.meta_layout import EMBEDDING, HEAD, cut, cut_axis, is_key_or_value, is_rotated, to_meta_name
+from puna.checkpoint.meta_layout import EMBEDDING, HEAD, cut, cut_axis, is_key_or_value, to_meta_name
 from puna.checkpoint.meta_params import write_params
 from puna.checkpoint.names import DTYPES
-from puna.checkpoint.rope_layout import to_neighbours
+from puna.checkpoint.rope_layout import is_rotated, to_neighbours
 from puna.checkpoint.stored import Stored, expected_shapes
 from puna.checkpoint.torch_file import TorchFile
 from puna.errors import UsageError
 from puna.files import write_json, write_text
+from puna.lineage import write_lineage
+from puna.log import log
 from puna.model.config import ModelConfig
+from puna.tokenizer.formats import sentencepiece_model, tiktoken_ranks
 from puna.tokenizer.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer.model"
 
 
 def check_shards(config: ModelConfig, shards: int) -> None:
@@ -47,23 +54,27 @@ def write_meta(
     A tensor is read, cut and written to all shards before the next is touched.
 
     Args:
-        dtype: fp32, bf16, fp16 or fp64; None: as stored.
+        dtype: fp32, bf16, fp16 or fp64; None keeps what is stored, or takes bf16 for a quantized model.
 
     Raises:
         UsageError: see `check_shards`.
     """
     config, tokenizer = stored.config, stored.read_tokenizer()
     check_shards(config, shards)
-    _write_shards(stored, folder, shards, dtype, by_rows=not _sentencepiece(tokenizer), progress=progress)
+    sentencepiece = sentencepiece_model(tokenizer)
+    _write_shards(stored, folder, shards, dtype, by_rows=sentencepiece is None, progress=progress)
     write_json(folder / PARAMS, write_params(config, max(config.n_kv_heads, shards)))
-    tokenizer.save(folder)
+    _write_tokenizer(folder, tokenizer, sentencepiece or tiktoken_ranks(tokenizer))
     _write_checklist(folder)
-    apart = {"max_seq_len": config.max_seq_len, "tokenizer": tokenizer.fingerprint}
-    write_json(folder / "puna.json", {**lineage, **apart})
+    write_lineage(folder, {**lineage, "max_seq_len": config.max_seq_len})
 
 
-def _sentencepiece(tokenizer: Tokenizer) -> bool:
-    return False
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: bytes | None) -> None:
+    tokenizer.save(folder)  # tokenizer.json too: control tokens and the template have no place in a tokenizer.model
+    if model is not None:
+        (folder / TOKENIZER).write_bytes(model)
+    else:
+        log.warning("no %s: this tokenizer is neither Llama 1/2's kind nor Llama 3's, Meta's code has none", TOKENIZER)
 
 
 def _write_shards(
@@ -71,7 +82,8 @@ def _write_shards(
 ) -> None:
     config, repeat = stored.config, max(1, shards // stored.config.n_kv_heads)
     shapes = expected_shapes(config)
-    dtypes = {name: DTYPES[dtype] if dtype else stored.weights[name].dtype for name in shapes}
+    target = DTYPES[dtype] if dtype else torch.bfloat16 if stored.quantized else None
+    dtypes = {name: target or stored.weights[name].dtype for name in shapes}
     axes = {name: cut_axis(name) if by_rows or name != EMBEDDING else 1 for name in shapes}
     copies = {name: repeat if is_key_or_value(name) else 1 for name in shapes}
     if config.tie_embeddings and not by_rows:  # the head is cut by rows, so it is not the same bytes
@@ -92,7 +104,8 @@ def _write_shards(
                 tensor = to_neighbours(tensor, config.head_dim)
             for shard, file in enumerate(files):
                 file.write(to_meta_name(name), cut(tensor, axes[name], shards, shard, copies[name]))
-            progress(name)
+            if name in stored.weights:
+                progress(name)
 
 
 def _part(shape: tuple[int, ...], axis: int | None, parts: int) -> tuple[int, ...]:
@@ -102,7 +115,7 @@ def _part(shape: tuple[int, ...], axis: int | None, parts: int) -> tuple[int, ..
 def _write_checklist(folder: Path) -> None:
     """checklist.chk: what `md5sum -c` checks."""
     lines = []
-    for file in sorted([*folder.glob("consolidated.*.pth"), *folder.glob("tokenizer.model"), folder / PARAMS]):
+    for file in sorted([*folder.glob("consolidated.*.pth"), *folder.glob(TOKENIZER), folder / PARAMS]):
         with file.open("rb") as content:
             lines.append(f"{hashlib.file_digest(content, 'md5').hexdigest()}  {file.name}\n")
     write_text(folder / "checklist.chk", "".join(lines))

@@ -16,8 +16,7 @@ import torch
 
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "BFloat16Storage": torch.bfloat16,
 }  # fmt: skip
 
 
@@ -135,7 +134,7 @@ def _record(id: Any) -> _Record:
     kind, name, key, _, count = id
     dtype = _STORAGES.get(name.dotted.removeprefix("torch."))
     if kind != "storage" or dtype is None:
-        raise Refused(f"its tensors are stored as {name.dotted[:80]}, which is not read")
+        raise Refused(f"tensors stored as {name.dotted[:80]} are not read: integers are a quantized model's")
     if not isinstance(key, str) or not _whole([count]):
         raise ValueError("storage")
     return _Record(key, dtype, count)

@@ -3,6 +3,11 @@
 from torch import Tensor
 
 
+def is_rotated(name: str) -> bool:
+    """Whether RoPE turns what this weight of ours makes, so that its rows have an order."""
+    return name.endswith(("q_proj.weight", "k_proj.weight"))
+
+
 def to_halves(rows: Tensor, head_dim: int) -> Tensor:
     """(heads * D, ...) with Meta's neighbours -> the same with halves, head by head. A copy."""
     return rows.view(-1, head_dim // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

@@ -99,20 +99,17 @@ def _read() -> str | None:
 def _answer(llama: Any, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
     """Print the answer as it comes, without anything a terminal would obey; Ctrl-C ends it early."""
     prompt = llama.template.prompt(messages)
-    ids: list[int] = []
-    shown = ""
+    stream, shown = llama.tokenizer.stream(), ""
 
-    def show(token: int) -> None:
+    def show(piece: str) -> None:
         nonlocal shown
-        ids.append(token)
-        text = llama.tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # half a character waits for its other half
-            print(harmless(text[len(shown) :]), end="", flush=True)
-            shown = text
+        print(harmless(piece), end="", flush=True)
+        shown += piece
 
     try:
-        llama.continue_ids([prompt], on_token=show, **options)
+        llama.continue_ids([prompt], on_token=lambda token: show(stream.feed(token)), **options)
     except KeyboardInterrupt:
         print(" ...", end="")
+    show(stream.end())
     print()
-    return llama.tokenizer.decode(ids)
+    return shown

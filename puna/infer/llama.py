@@ -1,7 +1,8 @@
 """The Python API's object: a model with its tokenizer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -18,6 +19,7 @@ from puna.errors import UsageError
 from puna.files import atomic_folder
 from puna.infer.generate import generate
 from puna.lineage import lineage
+from puna.model.resize import resize_embeddings
 from puna.model.transformer import Transformer
 from puna.tokenizer.chat import ChatFormat, Message
 from puna.tokenizer.tokenizer import Tokenizer
@@ -68,6 +70,19 @@ class Llama:
         """Ids that continue each prompt of ids, ended by one of `stop_ids` or by length."""
         return generate(self.model, prompts, max_tokens=max_tokens, stop_ids=self.stop_ids, **sampling)
 
+    def add_tokens(self, tokens: Sequence[str], *, special: bool = True) -> "Llama":
+        """A model with more tokens: their ids at the end, their rows in embedding and head the mean of all others.
+
+        Args:
+            special: control tokens, which text never becomes; otherwise words that are always one id.
+
+        Raises:
+            UsageError: a token that exists already.
+        """
+        tokenizer = self.tokenizer.with_tokens(tokens, special=special)
+        rows = max(self.model.config.vocab_size, tokenizer.vocab_size)
+        return replace(self, model=resize_embeddings(self.model, rows, self.tokenizer.vocab_size), tokenizer=tokenizer)
+
     def save(self, path: str | Path, dtype: str = "bf16", made_from: Mapping[str, Any] | None = None) -> None:
         """Write a model directory that transformers, vLLM and llama.cpp's converter open.
 
@@ -93,9 +108,11 @@ def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
     compute = choose_dtype(dtype, where)
     adapted = (found / ADAPTER).exists()
     stored = open_model(base_of(found) if adapted else found)
-    model = stored.load(compute, where)
+    with ThreadPoolExecutor(1) as side:  # parsing a vocabulary takes as long as the weights, and holds no lock
+        reading = side.submit(tokenizer_of, found, stored)
+        model = stored.load(compute, where)
     if adapted:
         load_adapter(model, found)
-    tokenizer = tokenizer_of(found, stored)
+    tokenizer = reading.result()
     stops = dict.fromkeys([*tokenizer.stop_ids, *stored.stop_ids])
     return Llama(model.eval(), tokenizer, found, list(stops))

@@ -12,7 +12,8 @@ from typing import Any
 
 from puna.errors import DataError
 
-MAX_BYTES, MAX_MERGES, MAX_IDS = 48 << 20, 1_000_000, 1 << 20  # the largest published: 33 MB, 580,000, 262,144
+# The largest published tokenizer has 33 MB, 580,000 merges, 262,144 ids; 1.7 million commas.
+MAX_BYTES, MAX_MERGES, MAX_IDS, _MAX_ITEMS = 48 << 20, 1_000_000, 1 << 20, 2_000_000
 _MAX_GROWTH = 8  # of a text by its normalizer; a space becomes three bytes
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 LLAMA3 = (
@@ -43,6 +44,8 @@ def parse(raw: bytes, where: object) -> dict[str, Any]:
     if len(raw) > MAX_BYTES:
         raise DataError(f"tokenizer.json has {len(raw) / 1e6:,.0f} MB", where=where, cause="not a tokenizer")
     try:
+        if raw.count(b",") > _MAX_ITEMS:  # before it takes a hundred bytes of memory for each of its own
+            raise ValueError("too many items")
         parsed = json.loads(raw)
         _check(parsed)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:

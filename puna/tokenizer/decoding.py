@@ -1,7 +1,7 @@
 """Ids back to bytes, and bytes to text as they come. Bytes, because an id may be a part of a character."""
 
 import codecs
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,6 +11,9 @@ from puna.errors import DataError
 
 _KNOWN = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 _SPACE = "▁"
+_EACH = "puna.each"
+# SentencePiece writes U+FFFD for every stray byte, tiktoken and Rust one for as many as could begin a character.
+codecs.register_error(_EACH, lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
 
 
 @cache
@@ -34,14 +37,11 @@ class Spelling:
         if not kinds or not set(kinds) <= _KNOWN:
             raise DataError(f"its decoder is {kinds}", where=where, cause="neither byte-level BPE nor SentencePiece")
         self._engine, self._added = engine, engine.get_added_tokens_decoder()
+        self.errors = "replace" if "ByteLevel" in kinds else _EACH
+        """How bytes that are no UTF-8 are read, as each family's own code does."""
         self._byte_level, self._fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
-        self.drops_space = any(_drops_space(part) for part in parts)
-        """Whether the space that was put before the text is taken away again."""
+        self._drops_space = any(_drops_space(part) for part in parts)
         self._cache: dict[int, bytes] = {}
-
-    def join(self, ids: Iterable[int], special: bool) -> bytes:
-        """The bytes of `ids` in a row; control ids only if `special`."""
-        return b"".join(self.of(i, special) for i in ids)
 
     def of(self, id: int, special: bool) -> bytes:
         """The bytes of one id."""
@@ -51,6 +51,10 @@ class Spelling:
         if id not in self._cache:
             self._cache[id] = self._bytes(self._engine.id_to_token(id) or "")
         return self._cache[id]
+
+    def drops_space_of(self, id: int) -> bool:
+        """Whether the space at the beginning of `id`, when it begins the text, was put there by `encode`."""
+        return self._drops_space and (self._engine.id_to_token(id) or "").startswith(_SPACE)
 
     def _bytes(self, token: str) -> bytes:
         if self._byte_level:
@@ -65,16 +69,20 @@ class Stream:
     """Text of ids as they come; see `Tokenizer.stream`."""
 
     def __init__(self, spelling: Spelling, special: bool):
-        self._spelling, self._special = spelling, special
-        self._drop = spelling.drops_space
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._spelling, self._special, self._begun = spelling, special, False
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(spelling.errors)
 
     def feed(self, id: int) -> str:
         """What `id` adds: nothing while a character is incomplete."""
+        return self._utf8.decode(self.feed_bytes(id))
+
+    def feed_bytes(self, id: int) -> bytes:
+        """The bytes that `id` adds."""
         content = self._spelling.of(id, self._special)
-        if self._drop and content:
-            content, self._drop = content.removeprefix(b" "), False
-        return self._utf8.decode(content)
+        if content and not self._begun:
+            self._begun = True
+            return content[1:] if self._spelling.drops_space_of(id) else content
+        return content
 
     def end(self) -> str:
         """What is left of a character that never became whole: U+FFFD or nothing."""

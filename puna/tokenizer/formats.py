@@ -11,10 +11,9 @@ from puna.tokenizer.llama2c_vocab import read_llama2c_vocab, write_llama2c_vocab
 from puna.tokenizer.sentencepiece_model import read_sentencepiece, write_sentencepiece
 from puna.tokenizer.spm_json import pieces_of, spm_files
 from puna.tokenizer.tiktoken_model import Names, bpe_files, ranks_of, read_ranks, special_tokens, write_ranks
-from puna.tokenizer.tokenizer import FILES, Tokenizer
+from puna.tokenizer.tokenizer import FILES, Tokenizer, read_file
 
 _MODEL = "tokenizer.model"
-_MAX_BYTES = 48 << 20
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
 
 
@@ -31,18 +30,18 @@ def tokenizer_from(path: Path, names: Names = "llama3.1") -> Tokenizer:
     if path.name == "tokenizer.json":
         path = path.parent
     if not path.is_dir():
-        return Tokenizer(_files_of(_read(path), path, names))
+        return Tokenizer(_files_of(read_file(path), path, names))
     if (path / "tokenizer.json").exists() or not (path / _MODEL).exists():
         return Tokenizer(path)
-    beside = {name: _read(path / name) for name in FILES if (path / name).is_file()}
+    beside = {name: read_file(path / name) for name in FILES if (path / name).is_file()}
     return Tokenizer(_files_of(beside[_MODEL], path / _MODEL, names) | beside)
 
 
 def is_tokenizer(path: Path) -> bool:
-    """Whether `path` looks like something `tokenizer_from` reads."""
+    """Whether `path` is something that `tokenizer_from` reads; a .bin is opened, for llama2.c's models end so too."""
     if path.is_dir():
         return any((path / name).is_file() for name in ("tokenizer.json", _MODEL))
-    return path.is_file() and (path.name == "tokenizer.json" or path.suffix in (".model", ".bin"))
+    return path.name == "tokenizer.json" or path.suffix == ".model" or (path.suffix == ".bin" and _is_llama2c(path))
 
 
 def sentencepiece_model(tokenizer: Tokenizer) -> bytes | None:
@@ -77,18 +76,17 @@ def llama2c_vocab(tokenizer: Tokenizer) -> bytes:
     return write_llama2c_vocab(vocabulary)
 
 
+def _is_llama2c(path: Path) -> bool:
+    try:
+        read_llama2c_vocab(read_file(path), path)
+    except DataError:
+        return False
+    return True
+
+
 def _files_of(raw: bytes, where: Path, names: Names) -> dict[str, bytes]:
     if _RANK_LINE.match(raw):
         return bpe_files(read_ranks(raw, where), special_tokens(names))
     if raw[1:4] == b"\0\0\0":  # the longest piece's length; a SentencePiece model has its first piece's there
         return spm_files(read_llama2c_vocab(raw, where))
     return spm_files(read_sentencepiece(raw, where)) | {_MODEL: raw}
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise DataError(f"{path.stat().st_size / 1e6:,.0f} MB", where=path, cause="not a tokenizer")
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=path) from None

@@ -99,7 +99,7 @@ def _spm_fields(vocabulary: Pieces) -> dict[str, Any]:
 
 
 def _bpe_files(metadata: Mapping[str, Any], tokens: list[str], kinds: list[int], bos: int | None) -> dict[str, bytes]:
-    split = metadata.get(f"{_GGML}pre", "default")
+    split = str(metadata.get(f"{_GGML}pre", "default"))
     split = _ALIASES.get(split, split)
     if split not in _SPLITS:
         known = ", ".join(_SPLITS)
