@@ -15,6 +15,7 @@ from test_model import build
 import puna
 from puna.checkpoint import inspect as inspect_module
 from puna.checkpoint.adapter import save_adapter
+from puna.checkpoint.convert import convert
 from puna.checkpoint.inspect import inspect, nearest_presets
 from puna.checkpoint.registry import open_model
 from puna.checkpoint.stored import Stored
@@ -59,6 +60,17 @@ def test_a_model_is_told_without_its_weights(saved: Path, monkeypatch: pytest.Mo
     assert told["stops"].endswith("7 " + Tokenizer(saved).token(7))
     assert told["manifest"].startswith("hashes of 8 files, not compared")
     assert told["lineage"] == ["<- nowhere, not on this disk"]
+
+
+def test_a_converted_file_leads_back_to_its_source(saved: Path, tmp_path: Path) -> None:
+    """A GGUF is one file: what it was made from lies inside, beside the template."""
+    convert(saved, tmp_path / "model.gguf", "gguf", kind="F16")
+    told = inspect(tmp_path / "model.gguf")
+    assert told["format"] == "gguf"
+    assert "F16 x 16" in told["weights"]
+    assert told["template"][0].startswith("llama3, ")
+    assert told["lineage"] == [f"<- {saved} by save, unchanged", "  <- nowhere, not on this disk"]
+    assert told["rope"] == inspect(saved)["rope"]
 
 
 def test_every_dtype_is_counted(saved: Path, tmp_path: Path) -> None:

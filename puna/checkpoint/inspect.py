@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,10 @@ def inspect(name: str | Path) -> dict[str, Any]:
         return {"path": str(place), "format": "tokenizer", **_tokenizer(Tokenizer(place), []), **_around(place)}
     found = find_model(name)
     run = {"run": f"{place}; puna runs show {place}"} if (place / "resolved.yaml").exists() else {}
-    told = _adapter(found) if (found / ADAPTER).exists() else _model(open_model(found))
-    return {"path": str(found), **run, **told, **_around(found)}
+    if (found / ADAPTER).exists():
+        return {"path": str(found), **run, **_adapter(found), **_around(found)}
+    stored = open_model(found)
+    return {"path": str(found), **run, **_model(stored), **_around(found, stored.lineage)}
 
 
 def nearest_presets(config: ModelConfig) -> tuple[list[str], list[str]]:
@@ -53,7 +55,7 @@ def nearest_presets(config: ModelConfig) -> tuple[list[str], list[str]]:
     return names, [f"{key} {_plain(ours[key])} ({_plain(preset[key])})" for key in different[names[0]]]
 
 
-def lineage_chain(made_from: dict[str, Any], depth: int = 0) -> Iterator[str]:
+def lineage_chain(made_from: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
     """One line for each ancestor, parents before theirs; whether it is still what it was, if it is on this disk."""
     for parent in parents_of(made_from) if depth < _DEEP else ():
         place = next((p for p in (Path(parent["path"]), Path(parent["path"]) / "final") if _made(p)), None)
@@ -154,9 +156,9 @@ def _template(raw: bytes | None) -> dict[str, Any]:
     return {"template": [f"{name}, {len(lines)} lines, {digest}", *lines[:_TEMPLATE_LINES]]}
 
 
-def _around(found: Path) -> dict[str, Any]:
-    """Lineage and manifest of a folder; a single file has neither."""
-    made = read_lineage(found)
+def _around(found: Path, lineage: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Lineage, which a GGUF carries inside, and the state of the manifest, which a single file does not have."""
+    made = dict(lineage or read_lineage(found))
     told: dict[str, Any] = {}
     if made:
         code = f", code {str(made['code'])[:12]}" if made.get("code") else ""
