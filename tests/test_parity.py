@@ -268,13 +268,13 @@ def test_quantized_models_are_judged_by_what_they_say(
     monkeypatch.setattr(verify_module, "open_model", opened)
     monkeypatch.setattr(verify_module, "load", loaded)
     rows = rows_of(whole, tmp_path / "copy")
-    assert f"at most {(EIGHT if bits == 8 else FOUR).kl}" in rows["KL"][1]
+    assert f"at most {(EIGHT if bits == 8 else FOUR).kl:g}" in rows["KL"][1]
     assert (rows["logits"][0], rows["KL"][0], rows["greedy"][0]) == (None, True, None)
     assert rows["weights"][0] is None
     rows = rows_of(whole, tmp_path / "wrong")
     assert rows["weights"][0] is False
     assert "Meta's order" in rows["weights"][1]
-    assert rows["KL"][0] is False
+    assert rows["KL"][0] is (bits == 4)  # of a tiny random model 4 bits hide it: the row above is what decides
 
 
 def test_the_budget_depends_on_what_is_compared() -> None:
