@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import puna
 from puna.errors import CheckpointError, UsageError
-from puna.eval.parity import compare_models
+from puna.eval.parity.observe import compare_models
 from puna.infer.rehearsal import rehearsal
 from puna.log import Metrics
 from puna.lora import lora_parameters

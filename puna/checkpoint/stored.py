@@ -4,6 +4,7 @@ Every reader opens its format as a `Stored` and every writer writes one, so a co
 neither holds more than a tensor.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from puna.checkpoint.names import name_problems
 from puna.errors import CheckpointError
 from puna.model.config import ModelConfig
-from puna.model.init import build_model, materialize
+from puna.model.init import build_model
 from puna.model.transformer import Transformer
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -30,6 +31,12 @@ class Weight(NamedTuple):
     dtype: torch.dtype
     read: Callable[[], Tensor]
     """The tensor with our rows: RoPE's halves, not Meta's neighbours. It may be read-only memory of the file."""
+    owned: bool = False
+    """Whether `read` gives memory that nobody else holds, so that a model may keep it."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -78,16 +85,31 @@ class Stored:
         """
         self.check()
         model = build_model(self.config, dtype)
-        materialize(model, device, dtype)
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name in expected_shapes(self.config):
-                parameters[name].copy_(self.weights[name].read())
+        tensors = {name: self._tensor(name, dtype, device) for name in expected_shapes(self.config)}
+        model.load_state_dict(tensors, strict=False, assign=True)  # not strict: a tied head is stored once
+        if self.config.tie_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight
         return model.eval()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether tensors are stored in blocks of integers, so that the dtype they are read in means nothing."""
+        return not {kind.split()[0] for kind in self.storage.split(", ")} <= {"F64", "F32", "F16", "BF16"}
+
+    def _tensor(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """One tensor for a model to keep: memory of the file is copied, since training writes into parameters."""
+        weight = self.weights[name]
+        tensor = weight.read()
+        return tensor.to(device, dtype, copy=tensor.dtype == dtype and device.type == "cpu" and not weight.owned)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every stored tensor by our names, in the model's order; a tied head is stored once, as the embedding."""
-    names = build_model(config).named_parameters()
-    tied = config.tie_embeddings
-    return {name: tuple(p.shape) for name, p in names if not (tied and name.startswith("lm_head."))}
+    """Shape of every stored tensor by our names; a tied head is stored once, as the embedding."""
+    one = build_model(config.model_copy(update={"n_layers": 1})).named_parameters()  # all layers are alike
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in one:
+        layers = range(config.n_layers) if name.startswith("layers.0.") else [0]
+        shapes |= {name.replace("layers.0.", f"layers.{i}."): tuple(parameter.shape) for i in layers}
+    if config.tie_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes

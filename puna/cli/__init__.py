@@ -7,7 +7,7 @@ import traceback
 import typer
 
 from puna import __version__
-from puna.cli import chat, completion, configs, doctor, evaluate, look, models, quickstart, verify
+from puna.cli import chat, completion, configs, convert, doctor, evaluate, inspect, look, models, quickstart, verify
 from puna.cli.mistakes import Verbs, told
 from puna.log import setup_logging
 
@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 configs.register(app)
 models.register(app)
+inspect.register(app)
+convert.register(app)
 chat.register(app)
 evaluate.register(app)
 look.register(app)

@@ -66,8 +66,11 @@ def merge(
     save_dtype: Annotated[str, typer.Option(help="bf16, fp32 or fp16.")] = "bf16",
 ) -> None:
     """Add an adapter into its base model and write a model directory."""
+    from puna.checkpoint.adapter import base_of
     from puna.checkpoint.names import DTYPES
+    from puna.checkpoint.registry import find_model
     from puna.infer.llama import load
+    from puna.lineage import lineage, parent
     from puna.lora import lora_parameters, merge_lora
 
     if save_dtype not in DTYPES:
@@ -76,7 +79,9 @@ def merge(
     if not lora_parameters(llama.model):
         raise UsageError("this is no adapter: there is nothing to merge", where=adapter, fix="use it as it is")
     merge_lora(llama.model)
-    llama.save(target, dtype=save_dtype)
+    base = base_of(llama.path)
+    made_from = lineage("merge", [llama.path, parent(base, find_model(base))])
+    llama.save(target, dtype=save_dtype, made_from=made_from)
     print(target)
 
 
