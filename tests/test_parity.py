@@ -1,7 +1,6 @@
 """`puna verify A --against B`: what conversions get wrong, planted one by one, and the row that has to name it."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -100,12 +99,16 @@ def text_changed(name: str, old: str, new: str) -> Callable[[Path], None]:
 
 
 def moved_up(folder: Path) -> None:
-    """Every id of the vocabulary one higher, as when a tool puts a token of its own in front."""
+    """Every id of the vocabulary one higher, the last one first."""
     tree = json.loads((folder / "tokenizer.json").read_text())
-    tree["model"]["vocab"] = {token: i + 1 for token, i in tree["model"]["vocab"].items()}
-    tree["added_tokens"] = [{**token, "id": token["id"] + 1} for token in tree["added_tokens"]]
-    text = json.dumps(tree)
-    (folder / "tokenizer.json").write_text(re.sub(r'("ids": \[)(\d+)', lambda m: f"{m[1]}{int(m[2]) + 1}", text))
+    vocabulary = tree["model"]["vocab"]
+    tree["model"]["vocab"] = {token: (i + 1) % len(vocabulary) for token, i in vocabulary.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+
+
+def head_lost(folder: Path) -> None:
+    weights_changed(lambda t: t.pop("lm_head.weight"))(folder)
+    json_changed("config.json", tie_word_embeddings=True)(folder)
 
 
 SCALING = {"rope_type": "llama3", "factor": 32, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -129,8 +132,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, str]]] = {
     ),
     "scaling lost": (json_changed("config.json", rope_scaling=None), {"config": "rope_scaling A factor 8.0, B None"}),
     "eps": (json_changed("config.json", rms_norm_eps=1e-6), {"config": "norm_eps A 1e-05, B 1e-06"}),
-    "head tied to the embedding": (
-        json_changed("config.json", tie_word_embeddings=True),
+    "head lost, tied to the embedding": (
+        head_lost,
         {"weights": "only A has lm_head.weight, and it is not the embedding", "logits": ""},
     ),
     "embedding shifted by a row": (

@@ -1,6 +1,7 @@
 """`puna verify`: is everything as it was written? With --against: do two models say the same?"""
 
 import contextlib
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -12,6 +13,7 @@ from puna.errors import CheckpointError, DataError, PunaError, UsageError
 from puna.files import MANIFEST, damage, read_manifest
 
 _DATA, _MODEL = {"index.json", "tokenizer.json"}, {"config.json", "adapter_config.json", "params.json"}
+_CHECKLIST = "checklist.chk"
 _DTYPES = ("fp32", "fp64", "bf16")
 
 
@@ -95,13 +97,13 @@ def _places(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     folders = [path]
-    if not _made(path):
+    if not _made(path) and not (path / _CHECKLIST).exists():
         inside = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         if not any(map(_made, inside)):
             raise _kind(path)(
                 f"no {MANIFEST}, so nothing tells what its files should be", where=path,
                 cause="puna did not make it, or not to its end; a model from elsewhere has no manifest",
-                fix="compare it with its publisher's hashes; puna verify FILE.safetensors checks a file's header",
+                fix="its publisher's hashes, puna verify FILE.safetensors for a file's header, or --against MODEL",
             )  # fmt: skip
         # One that lost its manifest beside others is damage, not somebody's notes.
         folders = [p for p in inside if _made(p) or (_DATA | _MODEL) & {file.name for file in p.iterdir()}]
@@ -125,12 +127,35 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _folder(path: Path) -> Checked:
+    if (path / _CHECKLIST).exists() and not _made(path):
+        return _meta_folder(path)
     sizes = [p.stat().st_size for p in path.rglob("*") if p.is_file() and p != path / MANIFEST]
     try:
         files, wrong = len(read_manifest(path)), damage(path)
     except CheckpointError as error:
         files, wrong = len(sizes), [error.what]
     return Checked(str(path), files, sum(sizes), "hashes", wrong)
+
+
+def _meta_folder(path: Path) -> Checked:
+    """What Meta publishes has a list of MD5 sums: they tell a broken download, not a stranger's file."""
+    listed = [line.split() for line in (path / _CHECKLIST).read_text(encoding="utf-8", errors="replace").splitlines()]
+    sums = {words[1].lstrip("*"): words[0] for words in listed if len(words) == 2}
+    wrong = [f"{_CHECKLIST}: lists nothing"] * (not sums)
+    for name, known in sums.items():
+        if Path(name).name != name:  # a list may not send us elsewhere
+            wrong.append(f"{name}: not a name in this folder")
+        elif not (path / name).is_file():
+            wrong.append(f"{name}: missing")
+        elif _md5(path / name) != known:
+            wrong.append(f"{name}: changed or damaged")
+    sizes = [(path / name).stat().st_size for name in sums if Path(name).name == name and (path / name).is_file()]
+    return Checked(str(path), len(sizes), sum(sizes), "hashes", wrong)
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _file(path: Path) -> Checked:
@@ -154,7 +179,8 @@ def _reader(path: Path) -> Callable[[Path], Any]:
         return open_gguf
     if path.suffix == ".safetensors":
         return _open_safetensors
-    raise UsageError("nothing to compare this file with", where=path, fix="the folder it is in")
+    fix = "the folder it is in, or puna verify A --against B of two models"
+    raise UsageError("nothing to compare this file with: it holds no hashes", where=path, fix=fix)
 
 
 def _open_safetensors(path: Path) -> None:
