@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from puna.errors import DataError
+from puna.log import log
 from puna.tokenizer import sentencepiece_model as sp
 from puna.tokenizer.checks import GPT2, MAX_IDS, MAX_MERGES, engine_errors
 from puna.tokenizer.sentencepiece_model import Piece, Pieces
@@ -136,6 +137,10 @@ def _bpe_fields(tokenizer: Tokenizer) -> dict[str, Any]:
             "this tokenizer has no form in GGUF", where=tokenizer.where, cause="GGUF knows splits by name only",
             fix=f"one that splits like {', '.join(_SPLITS)}, or SentencePiece",
         )  # fmt: skip
+    if bool(model.get("ignore_merges")) != (split == "llama-bpe"):
+        log.warning(
+            "%s: llama.cpp will%s merge words that are one token", tokenizer.where, " not" * (split == "llama-bpe")
+        )
     ids = {text: token["id"] for text, token in added.items()} | model["vocab"]
     texts = sorted(ids, key=ids.__getitem__)
     if [ids[t] for t in texts] != list(range(len(texts))):

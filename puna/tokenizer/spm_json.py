@@ -4,6 +4,7 @@ SentencePiece merges the neighbours whose piece has the best score; `tokenizers`
 way to make a piece of two, best piece first, says the same.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
 from puna.errors import DataError
+from puna.log import log
 from puna.tokenizer import sentencepiece_model as sp
 from puna.tokenizer.sentencepiece_model import Piece, Pieces
 from puna.tokenizer.tokenizer import Tokenizer, tokenizer_config
@@ -64,9 +66,14 @@ def merges_of(pieces: list[Piece]) -> list[tuple[str, str]]:
 
 def pieces_of(tokenizer: Tokenizer) -> Pieces | None:
     """The vocabulary of a tokenizer of this family with its scores: those of its tokenizer.model, or made from the
-    order of the merges; None where SentencePiece could not give the same ids."""
+    order of the merges; None where SentencePiece could not give the same ids.
+
+    One difference is told and let pass, for newer files of Hugging Face all have it: their `Metaspace` puts no space
+    before a text that begins with one.
+    """
     parsed = tokenizer.parsed
     model = parsed["model"]
+    unknown = model["unk_token"] or tokenizer.named_token("unk_token") or "<unk>"
     if model["type"] != "BPE" or not model.get("byte_fallback"):
         return None
     added = {token["content"]: token for token in parsed["added_tokens"]}
@@ -78,7 +85,7 @@ def pieces_of(tokenizer: Tokenizer) -> Pieces | None:
         place.setdefault(a + b, len(place))
 
     def piece(i: int, text: str) -> Piece:
-        if text == model["unk_token"]:
+        if text == unknown:
             return Piece(text, 0.0, sp.UNKNOWN)
         if text in added:
             return Piece(text, 0.0, sp.CONTROL if added[text]["special"] else sp.USER)
@@ -97,7 +104,11 @@ def pieces_of(tokenizer: Tokenizer) -> Pieces | None:
     except DataError:
         return None
     gapless = [ids[text] for text in texts] == list(range(len(texts)))
-    return vocabulary if gapless and _same_merges(merges, pieces) else None
+    if not gapless or not _same_merges(merges, pieces):
+        return None
+    if vocabulary.add_prefix and "Metaspace" in json.dumps(parsed["pre_tokenizer"]):
+        log.warning("%s: text that begins with a space gets other ids in SentencePiece and GGUF", tokenizer.where)
+    return vocabulary
 
 
 def _same_merges(merges: list[Any], pieces: list[Piece]) -> bool:

@@ -97,12 +97,12 @@ def llama3_split() -> pre_tokenizers.PreTokenizer:
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
     """Every way to make a token of two, lowest rank first, in the spelling of tokenizer.json."""
     character = {b: c for c, b in byte_of_character().items()}
-    spell = {token: "".join(character[b] for b in token) for token in ranks}
+    spelled = {rank: "".join(character[b] for b in token) for token, rank in ranks.items()}
     merges = []
     for token in ranks:
-        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
-        known = [(ranks[a], ranks[b], spell[a], spell[b]) for a, b in halves if a in ranks and b in ranks]
-        merges += [(a, b) for _, _, a, b in sorted(known)]
+        halves = ((ranks.get(token[:i]), ranks.get(token[i:])) for i in range(1, len(token)))
+        known = sorted((a, b) for a, b in halves if a is not None and b is not None)
+        merges += [(spelled[a], spelled[b]) for a, b in known]
     return merges
 
 
