@@ -26,6 +26,7 @@ ADAPTER = {
 }  # fmt: skip
 
 
+BROKEN = 9  # of the models below, the first ones, whose weights are the hostile file
 TUNE = ["data.path=rows.jsonl", "steps=1", "template=llama3"]
 
 
@@ -59,10 +60,10 @@ def models(folder: Path, content: bytes, tokenizer: Path) -> list[str]:
     shutil.copytree(whole, state)
     (state / "optimizer").mkdir()
     (state / "optimizer/.metadata").write_bytes(content)
-    for name in ("m.gguf", "m.bin", "m.pth", "m.pt", "m.ckpt", "m.npy"):
+    for name in ("m.gguf", "m.bin", "m.pth", "m.npy"):
         (folder / name).write_bytes(content)
-    folders = [meta, old, renamed, beside, vocabulary, adapter, folder / "adapter_renamed", folder / "run"]
-    return [path.name for path in folders] + ["m.gguf", "m.bin", "m.pth", "m.pt", "m.ckpt", "m.npy"]
+    files = ["m.gguf", "m.bin", "m.pth", "m.npy"]
+    return ["meta", "old", "renamed", "adapter", "adapter_renamed", *files, "beside", "vocabulary", "run"]
 
 
 def sources(folder: Path, content: bytes) -> list[str]:
@@ -85,23 +86,16 @@ def commands(models: Sequence[str], sources: Sequence[str]) -> list[list[str]]:
             ["verify", model],
             ["verify", "whole", "--against", model],
             ["convert", model, f"out{number}", "--to", "hf"],
-            ["convert", model, f"out{number}.gguf"],
-            ["merge", model, f"merged{number}"],
             ["chat", model, "--max-tokens", "1"],
-            ["generate", model, "-p", "a", "--max-tokens", "1"],
-            ["eval", model, "--text", "data/a.txt"],
-            ["doctor", model],
             ["tokenizer", "encode", model, "a"],
-            [
-                "run",
-                "sft",
-                f"model={model}",
-                "data.path=rows.jsonl",
-                "steps=1",
-                f"output=sft{number}",
-                "template=llama3",
-            ],
+            ["run", "sft", f"model={model}", *TUNE, f"output=sft{number}"],
         ]
+        if number < BROKEN:  # the others have sound weights, with which these take seconds
+            calls += [
+                ["merge", model, f"merged{number}"],
+                ["generate", model, "-p", "a", "--max-tokens", "1"],
+                ["eval", model, "--text", "data/a.txt"],
+            ]
     for number, source in enumerate(sources):
         calls += [
             ["run", "tokenizer", f"sources.path={source}", "vocab_size=300", f"output=tokenizer{number}"],
@@ -109,8 +103,9 @@ def commands(models: Sequence[str], sources: Sequence[str]) -> list[list[str]]:
             ["validate", source],
             ["verify", source],
         ]
+    doctors = [["doctor", model] for model in ("meta", "old", "adapter")]  # it examines the machine first, each time
     shards = [["data", "show", "shards"], ["data", "stats", "shards"], ["verify", "shards"]]
-    return [*calls, *shards, ["run", "pretrain", "data=shards", "steps=1", "output=pretrained"]]
+    return [*calls, *doctors, *shards, ["run", "pretrain", "data=shards", "steps=1", "output=pretrained"]]
 
 
 def test_no_verb_wakes_it(tmp_path: Path, tokenizer_folder: Path) -> None:
