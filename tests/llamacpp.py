@@ -31,6 +31,13 @@ for _ in range(ask["new"]):
     model.eval([made[-1]])
 print(json.dumps({"prompt": ids, "ids": made, "logits": logits, "metadata": model.metadata}))
 """
+_TOKENIZE = """
+import json, sys
+import llama_cpp
+ask = json.load(sys.stdin)
+model = llama_cpp.Llama(ask["model"], vocab_only=True, verbose=False)
+print(json.dumps([model.tokenize(text.encode(), add_bos=False, special=False) for text in ask["texts"]]))
+"""
 _QUANTIZE = """
 import ctypes, glob, os, sys
 import llama_cpp, numpy
@@ -67,6 +74,11 @@ def greedy(
     """What llama.cpp makes of a prompt: `prompt` ids, the `ids` that follow, all `logits` of the prompt, `metadata`."""
     ask = {"model": str(model), "ids": list(ids), "new": new, "text": text, "logits": logits, "context": context}
     return json.loads(_run(_GREEDY, given=json.dumps(ask)).splitlines()[-1])
+
+
+def tokenize(model: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text alone by the vocabulary in a GGUF file; control strings are text."""
+    return json.loads(_run(_TOKENIZE, given=json.dumps({"model": str(model), "texts": list(texts)})).splitlines()[-1])
 
 
 def quantize(array: np.ndarray, kind: int, size: int, folder: Path) -> np.ndarray:

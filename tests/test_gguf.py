@@ -1,17 +1,14 @@
 """GGUF in: equal to the reference dequantizer, bounded on hostile files, and SmolLM2's golden outputs."""
 
-import contextlib
 import copy
 import importlib.util
 import json
-import random
 import re
-import struct
-import time
-import tracemalloc
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -22,7 +19,6 @@ import transformers
 from test_model import BASE, build
 
 import puna
-from puna.checkpoint.gguf import open_gguf
 from puna.checkpoint.gguf_blocks import LAYOUTS, PLAIN, Ggml, dequantize
 from puna.checkpoint.gguf_model import _BLOCK, open_gguf_model
 from puna.checkpoint.registry import REGISTERED
@@ -105,8 +101,8 @@ def vocabulary() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tiny(path: Path, model: Any) -> Path:
-    """The model as a GGUF: names and interleaved heads as llama.cpp has them."""
+def tiny(path: Path, model: Any, changed: Mapping[str, Any] = MappingProxyType({}), kind: int = Ggml.F32) -> Path:
+    """The model as a GGUF: names and interleaved heads as llama.cpp has them; `changed` metadata, None for none."""
     shape: ModelConfig = model.config
     values = {
         "llama.embedding_length": shape.dim,
@@ -119,7 +115,9 @@ def tiny(path: Path, model: Any) -> Path:
         "llama.rope.freq_base": shape.rope_theta,
         "llama.attention.layer_norm_rms_epsilon": shape.norm_eps,
         **vocabulary(),
+        **changed,
     }
+    values = {key: value for key, value in values.items() if value is not None}
     names = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -128,7 +126,10 @@ def tiny(path: Path, model: Any) -> Path:
             inner = next(k for k, v in _BLOCK.items() if v == ".".join(parts[2:-1]))
             if inner in ("attn_q", "attn_k"):  # half-split rows back to pairs of neighbours
                 weight = weight.view(-1, 2, shape.head_dim // 2, shape.dim).transpose(1, 2).reshape(weight.shape)
-            tensors[f"blk.{parts[1]}.{inner}.weight"] = (weight.numpy(), Ggml.F32)
+            tensors[f"blk.{parts[1]}.{inner}.weight"] = (
+                weight.numpy(),
+                kind if weight.dim() == 2 and weight.shape[1] % 32 == 0 else Ggml.F32,
+            )
         else:
             tensors[f"{names[parts[0]]}.weight"] = (weight.numpy(), Ggml.F32)
     return write(path, values, tensors)
@@ -172,91 +173,6 @@ def test_missing_tensors_and_strange_models_are_named(tmp_path: Path) -> None:
         vocab_files({**vocabulary(), "tokenizer.ggml.model": "bert"})
     with pytest.raises(DataError, match="repeated"):
         vocab_files({**vocabulary(), "tokenizer.ggml.tokens": ["a"] * len(vocabulary()["tokenizer.ggml.tokens"])})
-
-
-def header(n_tensors: int = 0, n_values: int = 0, rest: bytes = b"", magic: bytes = b"GGUF", version: int = 3) -> bytes:
-    return magic + struct.pack("<IQQ", version, n_tensors, n_values) + rest
-
-
-def string(text: str, length: int | None = None) -> bytes:
-    return struct.pack("<Q", len(text) if length is None else length) + text.encode()
-
-
-def value(kind: int, raw: bytes, key: str = "k") -> bytes:
-    return string(key) + struct.pack("<I", kind) + raw
-
-
-def tensor(
-    name: str = "x", dims: tuple[int, ...] = (32,), kind: int = 0, offset: int = 0, n_dims: int | None = None
-) -> bytes:
-    count = len(dims) if n_dims is None else n_dims
-    return string("x") + struct.pack(f"<I{len(dims)}QIQ", count, *dims, kind, offset)
-
-
-BIG = 1 << 61
-HOSTILE = {
-    "empty": b"",
-    "short magic": b"GG",
-    "magic": header(magic=b"GGML"),
-    "version 1": header(version=1),
-    "version huge": header(version=1 << 31),
-    "no counts": b"GGUF" + struct.pack("<I", 3),
-    "tensor count": header(n_tensors=BIG),
-    "value count": header(n_values=BIG),
-    "value count beyond file": header(n_values=9, rest=value(4, b"\0" * 4)),
-    "key length": header(n_values=1, rest=string("k", BIG)),
-    "string length": header(n_values=1, rest=value(8, string("v", BIG))),
-    "value type": header(n_values=1, rest=value(13, b"\0" * 8)),
-    "array 2^61": header(n_values=1, rest=value(9, struct.pack("<IQ", 0, BIG))),
-    "array of u64 2^61": header(n_values=1, rest=value(9, struct.pack("<IQ", 10, BIG))),
-    "array of strings": header(n_values=1, rest=value(9, struct.pack("<IQ", 8, BIG))),
-    "array of arrays": header(n_values=1, rest=value(9, struct.pack("<IQ", 9, 1) * 1500)),
-    "array item type": header(n_values=1, rest=value(9, struct.pack("<IQ", 99, 1))),
-    "repeated key": header(n_values=2, rest=value(4, b"\0" * 4) * 2),
-    "empty key": header(n_values=1, rest=value(4, b"\0" * 4, "")),
-    "alignment 3": header(n_values=1, rest=value(4, struct.pack("<I", 3), "general.alignment")),
-    "alignment 0": header(n_values=1, rest=value(4, struct.pack("<I", 0), "general.alignment")),
-    "alignment text": header(n_values=1, rest=value(8, string("x"), "general.alignment")),
-    "no dimensions": header(1, 0, tensor(dims=(), n_dims=0) + b"\0" * 64),
-    "many dimensions": header(1, 0, tensor(n_dims=1 << 30) + b"\0" * 64),
-    "five dimensions": header(1, 0, tensor(dims=(1,) * 5) + b"\0" * 64),
-    "zero dimension": header(1, 0, tensor(dims=(32, 0)) + b"\0" * 64),
-    "overflowing shape": header(1, 0, tensor(dims=(1 << 32, 1 << 32, 1 << 32)) + b"\0" * 64),
-    "tensor beyond end": header(1, 0, tensor(dims=(1024,)) + b"\0" * 64),
-    "offset beyond end": header(1, 0, tensor(offset=BIG) + b"\0" * 256),
-    "offset not aligned": header(1, 0, tensor(offset=5) + b"\0" * 256),
-    "no whole block": header(1, 0, tensor(dims=(33,), kind=8) + b"\0" * 256),
-    "repeated tensor": header(2, 0, tensor() * 2 + b"\0" * 512),
-    "missing data": header(1, 0, tensor()),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_headers_end_at_once(case: str, tmp_path: Path) -> None:
-    """A published reader took 24 GB for a file of 45 bytes."""
-    path = tmp_path / "hostile.gguf"
-    path.write_bytes(HOSTILE[case])
-    tracemalloc.start()
-    started = time.monotonic()
-    with pytest.raises(CheckpointError, match=r"hostile\.gguf"):
-        open_gguf(path)
-    assert time.monotonic() - started < 1
-    assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    tracemalloc.stop()
-
-
-def test_random_damage_raises_nothing_else(tmp_path: Path) -> None:
-    """Any byte may be wrong: the error is ours, or the file still makes sense."""
-    model = build(ModelConfig(**{**BASE, "n_layers": 1, "vocab_size": len(vocabulary()["tokenizer.ggml.tokens"])}))
-    path = tiny(tmp_path / "m.gguf", model)
-    raw, rng = path.read_bytes(), random.Random(0)
-    for _ in range(400):
-        damaged = bytearray(raw)
-        for _ in range(rng.randint(1, 4)):
-            damaged[rng.randrange(9000)] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
-        path.write_bytes(damaged[: rng.choice([len(raw), rng.randrange(len(raw))])])
-        with contextlib.suppress(CheckpointError, DataError):
-            open_gguf_model(path).load(torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

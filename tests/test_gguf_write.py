@@ -28,6 +28,7 @@ from puna.eval.doctor import written_out
 from puna.infer.llama import Llama
 from puna.model.config import ModelConfig, RopeScaling
 from puna.model.presets import PRESETS
+from puna.tokenizer.formats import tokenizer_from
 from puna.tokenizer.tokenizer import Tokenizer
 
 SHAPE = {
@@ -297,3 +298,19 @@ def test_smollm2_tokenizes_the_same_in_llama_cpp(chain: tuple[Path, Path]) -> No
     answer = llamacpp.greedy(chain[1], text=text)
     assert answer["prompt"] == puna.load(chain[1], dtype="fp32").tokenizer.encode(text, special=True)
     assert answer["metadata"]["tokenizer.chat_template"].startswith("{% for message in messages %}")
+
+
+@pytest.mark.parametrize(("family", "vectors"), [("llama2", "llama-spm"), ("llama3", "llama-bpe")])
+def test_real_vocabularies_survive_in_llama_cpp(family: str, vectors: str, assets: Path, tmp_path: Path) -> None:
+    """The published tokenizer.model -> our file -> llama.cpp's ids of its own 46 vectors, and ours of the file."""
+    tokenizer = tokenizer_from(assets / "tokenizers" / family / "tokenizer.model")
+    config = ModelConfig(**{**SHAPE, "dim": 32, "n_layers": 1, "head_dim": 4, "ffn_dim": 32,
+                            "vocab_size": tokenizer.vocab_size})  # fmt: skip
+    Llama(build(config), tokenizer, tmp_path, []).save(tmp_path / "model", dtype="fp32")
+    file = written(open_model(tmp_path / "model"), tmp_path / "m.gguf", "Q8_0")
+    name = assets / f"tokenizers/vectors/ggml-vocab-{vectors}.gguf"
+    texts = name.with_suffix(".gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")[:46]
+    expected = [[int(n) for n in line.split()] for line in name.with_suffix(".gguf.out").read_text().splitlines()]
+    again = open_gguf_model(file).read_tokenizer()
+    assert [again.encode(text) for text in texts] == expected
+    assert llamacpp.tokenize(file, texts) == expected

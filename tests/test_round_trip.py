@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from test_meta import CPU, GENERATIONS, LLAMA3, TINY, metas_logits, publish, random_state, tokens
@@ -60,21 +62,40 @@ def test_all_the_way_and_back(generation: str, shards: int, tmp_path: Path, toke
         assert all(torch.equal(tensor.half(), original[name]) for name, tensor in part.items())
 
 
-@pytest.mark.parametrize("family", ["llama2", "llama3"])
-def test_published_tokenizers_come_back_byte_for_byte(family: str, assets: Path, tmp_path: Path) -> None:
-    """A tokenizer.model that is lost, or another file, after a way through formats that do not have it."""
-    model = (assets / "tokenizers" / family / "tokenizer.model").read_bytes()
-    old = family == "llama2"
-    config = ModelConfig(**{**(TINY if old else LLAMA3), "n_layers": 1, "vocab_size": 32000 if old else 128256})
+def with_tokenizer(folder: Path, values: dict[str, Any], vocab_size: int, by_rows: bool, model: bytes) -> Path:
+    """A layer in two shards with a published tokenizer.model."""
+    config = ModelConfig(**{**values, "n_layers": 1, "vocab_size": vocab_size})
     state = {name: tensor.half() for name, tensor in random_state(config).items()}
-    start = publish(tmp_path / "meta", state, config, 2, by_rows=not old)
-    (start / "tokenizer.model").write_bytes(model)
-    stops = chain(start, tmp_path, 2)
-    assert (stops[-1] / "tokenizer.model").read_bytes() == model
-    parts = [torch.load(stop / "consolidated.01.pth", weights_only=True) for stop in (start, stops[-1])]
-    assert torch.equal(parts[0]["tok_embeddings.weight"], parts[1]["tok_embeddings.weight"])  # cut along its own axis
-    ids = [open_model(stop).read_tokenizer().encode("It's 12345678 日本語 🦙\n") for stop in stops]
-    assert ids == [ids[0]] * len(ids)
+    publish(folder, state, config, 2, by_rows=by_rows)
+    (folder / "tokenizer.model").write_bytes(model)
+    return folder
+
+
+def test_llama_2s_tokenizer_comes_back(assets: Path, tmp_path: Path) -> None:
+    """A tokenizer.model that is lost, or another one, after a way through formats that do not have it."""
+    model = (assets / "tokenizers/llama2/tokenizer.model").read_bytes()
+    stops = chain(with_tokenizer(tmp_path / "meta", TINY, 32000, False, model), tmp_path, 2)
+    ours, theirs = (
+        sentencepiece.SentencePieceProcessor(model_proto=raw)
+        for raw in ((stops[-1] / "tokenizer.model").read_bytes(), model)
+    )
+    pieces = [[(p.id_to_piece(i), p.get_score(i)) for i in range(32000)] for p in (ours, theirs)]
+    assert pieces[0] == pieces[1]
+    text = "It's 12345678 日本語 🦙\n"
+    ids = [open_model(stop).read_tokenizer().encode(text) for stop in stops]
+    assert ids == [theirs.encode(text)] * len(ids)
+    parts = [torch.load(stop / "consolidated.01.pth", weights_only=True) for stop in (stops[0], stops[-1])]
+    assert torch.equal(parts[0]["tok_embeddings.weight"], parts[1]["tok_embeddings.weight"])  # cut by columns
+
+
+def test_llama_3s_tokenizer_comes_back(assets: Path, tmp_path: Path) -> None:
+    """Ranks that are written anew from tokenizer.json, and differ; the embedding cut along Llama 2's axis."""
+    model = (assets / "tokenizers/llama3/tokenizer.model").read_bytes()
+    start = with_tokenizer(tmp_path / "meta", LLAMA3, 128256, True, model)
+    again = convert(start, tmp_path / "again", "meta", shards=2)
+    assert (again / "tokenizer.model").read_bytes() == model
+    parts = [torch.load(stop / "consolidated.01.pth", weights_only=True) for stop in (start, again)]
+    assert all(torch.equal(tensor, parts[1][name]) for name, tensor in parts[0].items() if name != "rope.freqs")
 
 
 def test_lineage_names_every_parent(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -10,6 +10,7 @@ from puna.checkpoint.gguf_blocks import LAYOUTS
 from puna.checkpoint.gguf_model import gguf_name
 from puna.checkpoint.gguf_types import file_type, storage
 from puna.checkpoint.gguf_write import write_gguf
+from puna.checkpoint.llama2c import write_llama2c
 from puna.checkpoint.meta_write import check_shards, write_meta
 from puna.checkpoint.model_directory import write_model_directory
 from puna.checkpoint.names import DTYPES
@@ -21,7 +22,8 @@ from puna.files import atomic_file, atomic_folder, require_space
 from puna.lineage import lineage
 from puna.log import Progress
 
-_OPTIONS = {"hf": {"dtype"}, "meta": {"dtype", "shards"}, "gguf": {"kind"}, "llama2.c": {"version"}}
+_OPTIONS = {"hf": {"dtype"}, "meta": {"dtype", "shards"}, "gguf": {"kind"}, "llama2.c": {"kind"}}
+_LLAMA2C = {"v0": 4.0, "v1": 4.0, "v2": 1.125}  # bytes of a weight; v2 has at least 32 int8 to a scale
 
 
 def convert(
@@ -31,9 +33,10 @@ def convert(
     """Write the model `source`, of any format, as `target`: whole, or not at all. Returns `target`.
 
     Args:
-        to: hf, meta or gguf; guessed where `target` is called *.gguf.
+        to: hf, meta, gguf or llama2.c; guessed where `target` is called *.gguf.
         dtype: fp32, bf16, fp16 or fp64, of hf and meta; default: as stored, or bf16 for a quantized model.
-        kind: of gguf: F32, F16, BF16, Q8_0, Q4_0 or Q4_K_M; default: F16.
+        kind: of gguf: F32, F16, BF16, Q8_0, Q4_0 or Q4_K_M, default F16; of llama2.c: v0, v1 or v2, default v0, the
+            one that run.c reads.
         shards: how many files Meta's layout has; default: 1.
 
     Raises:
@@ -48,18 +51,21 @@ def convert(
         raise UsageError("exists already", where=target, fix="another name, or remove that one first")
     stored = open_model(source)
     stored.check()
+    kind = _kind(format, kind)
     if format == "meta":
         check_shards(stored.config, shards or 1)
-    type_of_file = file_type(kind or "F16")
-    require_space(_existing(target), _size(stored, format, dtype, type_of_file))
+    require_space(_existing(target), _size(stored, format, dtype, kind))
     made_from = lineage("convert", [stored.path], source=stored.format, target=format)
-    with (atomic_file if format == "gguf" else atomic_folder)(target) as place, _telling(stored) as progress:
-        if format == "gguf":
-            write_gguf(stored, place, type_of_file, made_from, progress)
+    atomic = atomic_folder if format in ("hf", "meta") else atomic_file
+    with atomic(target) as place, _telling(stored) as progress:
+        if format == "hf":
+            write_model_directory(stored, place, dtype, made_from, progress)
         elif format == "meta":
             write_meta(stored, place, shards or 1, dtype, made_from, progress)
+        elif format == "gguf":
+            write_gguf(stored, place, kind, made_from, progress)
         else:
-            write_model_directory(stored, place, dtype, made_from, progress)
+            write_llama2c(stored, place, int(kind[1:]), made_from, progress)
     return target
 
 
@@ -83,13 +89,23 @@ def _check_options(format: Format, given: dict[str, str | int | None]) -> None:
         raise UsageError(f"`{dtype}` is not a dtype", where="--dtype", fix=", ".join(DTYPES))
 
 
-def _size(stored: Stored, format: Format, dtype: str | None, type_of_file: str) -> int:
+def _kind(format: Format, kind: str | None) -> str:
+    if format == "gguf":
+        return file_type(kind or "F16")
+    if format == "llama2.c" and kind is not None and kind not in _LLAMA2C:
+        raise UsageError(f"`{kind}` is no version of llama2.c", where="--kind", fix=", ".join(_LLAMA2C))
+    return kind or "v0"
+
+
+def _size(stored: Stored, format: Format, dtype: str | None, kind: str) -> int:
     """Bytes of the weights as they will be written."""
     total = 0.0
     for name, shape in expected_shapes(stored.config).items():
         if format == "gguf":
-            layout = LAYOUTS[storage(gguf_name(name), shape, type_of_file, stored.config)]
+            layout = LAYOUTS[storage(gguf_name(name), shape, kind, stored.config)]
             total += prod(shape) / layout.weights * layout.size
+        elif format == "llama2.c":
+            total += prod(shape) * _LLAMA2C[kind]
         else:
             width = DTYPES[dtype].itemsize if dtype else 2 if stored.quantized else stored.weights[name].dtype.itemsize
             total += prod(shape) * width

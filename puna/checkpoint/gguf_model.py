@@ -172,6 +172,9 @@ def _hold_against_tensors(config: ModelConfig, file: Gguf) -> None:
     for name, shape in told.items():
         if file.shape(name) != shape:
             raise CheckpointError(f"{name} is {file.shape(name)}, the metadata says {shape}", where=file.path)
+    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
+    if not isinstance(tokens, list | tuple) or len(tokens) > config.vocab_size:
+        raise CheckpointError(f"more tokens than the {config.vocab_size} rows of the embedding", where=file.path)
     if config.n_heads % config.n_kv_heads:
         raise CheckpointError(f"{config.n_heads} heads cannot share {config.n_kv_heads}", where=file.path)
 

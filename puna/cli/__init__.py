@@ -7,7 +7,20 @@ import traceback
 import typer
 
 from puna import __version__
-from puna.cli import chat, completion, configs, convert, doctor, evaluate, inspect, look, models, quickstart, verify
+from puna.cli import (
+    chat,
+    completion,
+    configs,
+    convert,
+    doctor,
+    download,
+    evaluate,
+    inspect,
+    look,
+    models,
+    quickstart,
+    verify,
+)
 from puna.cli.mistakes import Verbs, told
 from puna.log import setup_logging
 
@@ -28,6 +41,7 @@ inspect.register(app)
 convert.register(app)
 chat.register(app)
 evaluate.register(app)
+download.register(app)
 look.register(app)
 doctor.register(app)
 quickstart.register(app)

@@ -127,6 +127,9 @@ def _text(config: str) -> str:
 
 
 def _models() -> list[dict[str, Any]]:
+    """What can be trained (presets), and what is there to be opened: registered names and the Hugging Face cache."""
+    from puna.checkpoint.hub import cached_models
+    from puna.checkpoint.registered import REGISTERED
     from puna.model.config import count_parameters
     from puna.model.presets import PRESETS
 
@@ -136,4 +139,8 @@ def _models() -> list[dict[str, Any]]:
         about = f"{size / 1e9:.2f}B" if size >= 1e9 else f"{size / 1e6:.1f}M"
         about += f" parameters, {shape.n_layers} layers of {shape.dim}, context {shape.max_seq_len:,}"
         rows.append({"name": name, "summary": about, "parameters": size})
+    rows += [{"name": n, "summary": f"{package.about}, with its weights"} for n, (package, _) in REGISTERED.items()]
+    for found in cached_models():
+        size = sum(file.stat().st_size for file in found.folder.glob("*.safetensors"))
+        rows.append({"name": str(found.name), "summary": f"in the Hugging Face cache, {size / 1e9:.2f} GB of weights"})
     return rows

@@ -42,8 +42,11 @@ def config_file(name: str) -> Path:
     """
     if name in CONFIGS:
         return Path(str(resources.files("puna") / "configs" / f"{name}.yaml"))
-    if Path(name).is_file():
-        return Path(name)
+    try:
+        if Path(name).is_file():
+            return Path(name)
+    except OSError as error:
+        raise UsageError(f"no config `{name[:100]}`: {error.strerror}", fix="puna ls configs") from None
     if Path(name).suffix in (".yaml", ".yml"):
         raise UsageError("no such config file" + nearest_path(Path(name)), where=name, fix="puna ls configs")
     near = nearest(name, [*CONFIGS, *RECIPES]) or nearest_path(Path(name))

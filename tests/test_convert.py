@@ -1,0 +1,163 @@
+"""Conversions are whole or absent, and what cannot be is told before the first byte."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import puna_forked
+from test_meta import GENERATIONS, publish, random_state
+
+from puna.checkpoint import convert as module
+from puna.checkpoint.convert import convert
+from puna.checkpoint.registry import open_model
+from puna.errors import CheckpointError, PunaError, ResourceError, UsageError
+from puna.tokenizer.tokenizer import Tokenizer
+
+TARGETS: list[tuple[str, str, dict[str, Any]]] = [
+    ("hf", "out", {}),
+    ("meta", "out", {"shards": 2}),
+    ("gguf", "out.gguf", {"kind": "Q8_0"}),
+    ("llama2.c", "out.bin", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama 2 as Meta would publish it."""
+    config = GENERATIONS["2"]
+    state = {name: tensor.half() for name, tensor in random_state(config).items()}
+    folder = publish(tmp_path_factory.mktemp("model") / "meta", state, config, 1, by_rows=True)
+    Tokenizer(tokenizer_folder).save(folder)
+    return folder
+
+
+def interrupted(at: int, what: Callable[[], None]) -> Callable[..., None]:
+    """Does `what` after `at` tensors are written."""
+    left = iter(range(at))
+
+    def update(*_: object) -> None:
+        if next(left, None) is None:
+            what()
+
+    return update
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [0, 10, 20])
+@pytest.mark.parametrize(("to", "name", "more"), TARGETS)
+def test_ctrl_c_leaves_nothing(
+    to: str, name: str, more: dict[str, Any], at: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a model under its final name, or gigabytes of it under another."""
+    monkeypatch.setattr(module.Progress, "update", interrupted(at, stop))
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, tmp_path / name, to, **more)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("to", "name", "more"), TARGETS)
+def test_a_kill_leaves_nothing_that_looks_finished(
+    to: str, name: str, more: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut or the kernel's memory killer, and a model that opens and talks nonsense."""
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(module.Progress, "update", interrupted(12, kill))
+        convert(model, tmp_path / name, to, **more)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (tmp_path / name).exists()
+    assert all(left.name.startswith(".") for left in tmp_path.iterdir())
+    assert list(tmp_path.iterdir()), "it was killed before it began"
+    convert(model, tmp_path / name, to, **more)  # sweeps what was left
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert open_model(tmp_path / name).problems() == []
+
+
+def test_llama2c_is_a_way_out_and_in(model: Path, tmp_path: Path) -> None:
+    """A format that the verb takes and loses weights in."""
+    stored, again = open_model(model), open_model(convert(model, tmp_path / "m.bin", "llama2.c"))
+    assert all(torch.equal(again.weights[n].read(), w.read().float()) for n, w in stored.weights.items())
+
+
+def refused(model: Path, target: Path, to: str | None, **more: Any) -> PunaError:
+    with pytest.raises(PunaError) as told:
+        convert(model, target, to, **more)
+    return told.value
+
+
+def test_what_cannot_be_is_told_before_the_first_byte(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An option that is ignored, or an hour of writing that ends in an error known from the start."""
+    (tmp_path / "there").mkdir()
+    new = tmp_path / "new"
+    cases = [
+        (refused(model, tmp_path / "there", "hf"), UsageError, "exists already"),
+        (refused(model, new, None), UsageError, "which format?"),
+        (refused(model, new, "ggfu"), UsageError, "did you mean `gguf`?"),
+        (refused(model, new, "hf", shards=2), UsageError, "--shards means nothing for hf"),
+        (refused(model, tmp_path / "new.gguf", None, dtype="bf16"), UsageError, "--dtype means nothing for gguf"),
+        (refused(model, new, "meta", kind="F16"), UsageError, "--kind means nothing for meta"),
+        (refused(model, new, "hf", dtype="bf61"), UsageError, "`bf61` is not a dtype"),
+        (refused(model, new, "gguf", kind="Q9"), UsageError, "Q9"),
+        (refused(model, new, "llama2.c", kind="v3"), UsageError, "no version of llama2.c"),
+        (refused(model, new, "meta", shards=3), UsageError, "cut into 3 shards"),
+        (refused(tmp_path / "there", new, "hf"), CheckpointError, "no model here"),
+    ]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    cases.append((refused(model, new, "hf"), ResourceError, "the disk has 0.00 GB free"))
+    for error, kind, part in cases:
+        assert isinstance(error, kind), str(error)
+        assert part in str(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_weights_that_do_not_fit_are_told_before_the_first_byte(model: Path, tmp_path: Path) -> None:
+    """A checkpoint of parts of two models, converted into one that is whole to look at."""
+    broken = shutil.copytree(model, tmp_path / "broken")
+    params = json.loads((broken / "params.json").read_text())
+    (broken / "params.json").write_text(json.dumps({**params, "ffn_dim_multiplier": 2.0}))
+    assert "does not fit its config" in str(refused(broken, tmp_path / "new", "hf"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_old_weights_of_hugging_face_are_read_as_data(model: Path, tmp_path: Path) -> None:
+    """A directory with nothing but pytorch_model.bin, which the library it is for no longer likes to open."""
+    folder = convert(model, tmp_path / "hf", "hf")
+    stored = open_model(folder)
+    state = {(n if n == "lm_head.weight" else f"model.{n}"): w.read() for n, w in stored.weights.items()}
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    again = open_model(folder)
+    assert again.problems() == []
+    originals = {name: state[name if name == "lm_head.weight" else f"model.{name}"] for name in stored.weights}
+    assert all(torch.equal(again.weights[name].read(), tensor) for name, tensor in originals.items())
+
+
+def test_the_verb(model: Path, tmp_path: Path) -> None:
+    """A command line that says nothing of what went wrong, or prints more than the place of the result."""
+    words = [
+        ["convert", model, "a", "--to", "hf", "--dtype", "fp32"],
+        ["convert", "a", "b.gguf", "--kind", "q8_0"],
+        ["convert", "b.gguf", "b.gguf"],
+        ["convert", "a", "c", "--to", "meta", "--shards", "3"],
+    ]
+    first, second, third, fourth = puna_forked(words, tmp_path)
+    assert (first.returncode, first.stdout, first.stderr) == (0, "a\n", "")
+    assert (second.returncode, second.stdout) == (0, "b.gguf\n")
+    assert (third.returncode, fourth.returncode) == (2, 2)
+    assert "try: --shards 1" in fourth.stderr
