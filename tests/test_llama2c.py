@@ -6,6 +6,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import llamacpp
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,8 @@ from fuzz import damaged, fuzz
 from test_model import BASE, build
 
 import puna
+from puna.checkpoint.gguf_model import open_gguf_model
+from puna.checkpoint.gguf_write import write_gguf
 from puna.checkpoint.llama2c import open_llama2c, write_llama2c
 from puna.checkpoint.stored import Stored, Weight
 from puna.errors import CheckpointError, DataError, UsageError
@@ -38,6 +41,14 @@ def test_stories260k_tells_its_golden_story(stories: Path, assets: Path) -> None
     text = llama.tokenizer.decode_after([bos], ids)
     expected = (assets / "checkpoints/stories260K/expected_greedy_200.txt").read_bytes()
     assert text.encode() == expected
+
+
+def test_the_same_story_in_llama_cpp(stories: Path, assets: Path, tmp_path: Path) -> None:
+    """.bin -> GGUF -> another program: names, rows of q and k, and the SentencePiece vocabulary all survive."""
+    write_gguf(open_llama2c(stories), tmp_path / "m.gguf", "F16", {}, lambda name: None)
+    ids = llamacpp.greedy(tmp_path / "m.gguf", [1], 200)["ids"]
+    text = open_gguf_model(tmp_path / "m.gguf").read_tokenizer().decode_after([1], ids)
+    assert text.encode() == (assets / "checkpoints/stories260K/expected_greedy_200.txt").read_bytes()
 
 
 def random_model(**changed: object) -> Stored:

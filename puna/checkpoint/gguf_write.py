@@ -22,7 +22,7 @@ from puna.model.config import ModelConfig
 from puna.tokenizer.gguf_vocab import gguf_fields
 
 _ALIGNMENT = 32
-_CHUNK = 1 << 22  # weights turned into fp32 at once: 16 MB beside a tensor
+_CHUNK = 1 << 20  # weights turned into fp32 at once: 4 MB beside a tensor
 
 
 class _Entry(NamedTuple):
