@@ -9,11 +9,17 @@ __version__ = "0.1.0"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
+    from puna.eval.parity.verify import verify
     from puna.infer.llama import Llama, load
     from puna.recipes import run
 
-_LAZY = {"load": "puna.infer.llama", "Llama": "puna.infer.llama", "run": "puna.recipes"}
-__all__ = ["Llama", "__version__", "load", "run"]
+_LAZY = {
+    "load": "puna.infer.llama",
+    "Llama": "puna.infer.llama",
+    "run": "puna.recipes",
+    "verify": "puna.eval.parity.verify",
+}
+__all__ = ["Llama", "__version__", "load", "run", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -55,6 +55,30 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             raise
 
 
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file that becomes `target` when the block ends without an error.
+
+    Raises:
+        UsageError: `target` exists.
+        ResourceError: the disk is full; nothing at `target`, nothing left behind.
+    """
+    if target.exists():
+        raise UsageError("exists already", where=target, fix="another file, or remove that one first")
+    with disk_errors(target):
+        make_folder(target.parent)
+        sweep(target.parent)
+        temporary = temporary_name(target)
+        try:
+            yield temporary
+            _fsync(temporary)
+            temporary.rename(target)
+            _fsync(target.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` with `text`: it holds the old or the new content at any moment."""
     with disk_errors(path):

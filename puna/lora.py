@@ -1,6 +1,8 @@
-"""LoRA (Hu et al. 2021): y = W x + (alpha / r) B A x with W frozen. A transform of any model with Linear layers."""
+"""LoRA (Hu et al. 2021): y = W x + s B A x with W frozen; rsLoRA and DoRA. Of any model with Linear layers."""
 
 import math
+import re
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,10 @@ from puna.model.transformer import Linear
 from puna.ops.low_rank import low_rank_linear
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL = "all-linear"
+# No quantifier on a group: what matches nothing would otherwise be tried in exponentially many ways.
+_PATTERN = re.compile(r"(?:[\w|^$()-]|\.[*+]?|\\[.dw][*+]?|\[[\w-]+\][*+]?)*")
+_QUANTIFIERS = 4
 
 
 class LoraConfig(Config):
@@ -20,76 +26,162 @@ class LoraConfig(Config):
 
     rank: PositiveInt = 16
     """Higher: closer to full fine-tuning, more memory."""
-    alpha: PositiveFloat = 32.0
+    alpha: PositiveFloat = Field(default=32.0, allow_inf_nan=False)
     """The adapter's output is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of the adapter's input; helps when rows are few."""
-    targets: list[str] = list(LINEARS)
-    """All linear layers of a block by default; fewer learn less and cost less."""
+    targets: list[str] | str = list(LINEARS)
+    """Layers by name, `all-linear`, or a pattern of whole names such as `.*[.]mlp[.].*`; fewer cost less."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), so that a high rank learns as fast as a low one (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Train the length of each row apart from its direction (Liu et al. 2024); slower, better at low ranks."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Other ranks for some layers, by the end of their name or a pattern of it: {q_proj: 8, layers.0.mlp.up_proj: 4}"""
+    alpha_pattern: dict[str, PositiveFloat] = {}
+    """Likewise other alphas."""
+
+    def of(self, name: str) -> tuple[int, float]:
+        """(rank, scale) of the layer `name`."""
+        rank = self.rank_pattern.get(_pattern_of(self.rank_pattern, name) or "", self.rank)
+        alpha = self.alpha_pattern.get(_pattern_of(self.alpha_pattern, name) or "", self.alpha)
+        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 class LoraLinear(nn.Module):
     """A frozen linear layer with an adapter. B starts at zero, so nothing changes before the first step."""
 
-    def __init__(self, base: nn.Linear, config: LoraConfig):
+    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float = 0.0, dora: bool = False):
         super().__init__()
-        self.base = base
-        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        self.base, self.scale, self.dropout = base, scale, dropout
         with torch.device(base.weight.device):
-            self.lora_A = Linear(base.in_features, config.rank)
-            self.lora_B = Linear(config.rank, base.out_features)
+            self.lora_A = Linear(base.in_features, rank)
+            self.lora_B = Linear(rank, base.out_features)
+            magnitude = nn.Parameter(torch.empty(base.out_features)) if dora else None
+        self.lora_magnitude_vector: nn.Parameter | None
+        self.register_parameter("lora_magnitude_vector", magnitude)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out). The adapter computes in x's dtype, whatever it is stored in."""
+        stretch = self._stretch()
         if self.dropout and self.training:
-            return self.base(x) + self.scale * self.lora_B(self.lora_A(F.dropout(x, self.dropout)))
+            dropped = F.dropout(x, self.dropout)
+            added = self.scale * self.lora_B(self.lora_A(dropped))
+            if stretch is None:
+                return self.base(x) + added
+            stretch = stretch.to(x.dtype)  # W x itself is kept, what DoRA adds to it is dropped (the official code)
+            return self.base(x) + (stretch - 1) * self.base(dropped) + stretch * added
         base, a, b = (layer.weight.to(x.dtype) for layer in (self.base, self.lora_A, self.lora_B))
-        return low_rank_linear(x, base, a, b, self.scale)
+        out = low_rank_linear(x, base, a, b, self.scale)
+        return out if stretch is None else out * stretch.to(x.dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with the adapter added into its weight; the sum is made in fp32 at least."""
-        wide = torch.promote_types(self.base.weight.dtype, torch.float32)
-        delta = self.scale * (self.lora_B.weight.to(wide) @ self.lora_A.weight.to(wide))
-        self.base.weight.copy_(self.base.weight.to(wide) + delta)
+        """The base layer with the adapter added into its weight."""
+        self.base.weight.copy_(self.full_weight())
         return self.base
+
+    @torch.no_grad()
+    def full_weight(self) -> Tensor:
+        """The base weight with the adapter in it, (out, in), in fp32 at least."""
+        stretch, weight = self._stretch(), self._sum()
+        return weight if stretch is None else stretch[:, None] * weight
+
+    def _stretch(self) -> Tensor | None:
+        """DoRA's m / ||W + s B A|| of each row, (out,). The norm is a constant (section 4.3): half the memory."""
+        magnitude = self.lora_magnitude_vector
+        if magnitude is None:
+            return None
+        with torch.no_grad():
+            norm = self._sum().norm(dim=1).to(magnitude.dtype)
+        return magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # a row of zeros stays one
+
+    def _sum(self) -> Tensor:
+        """W + s B A, (out, in)."""
+        wide = torch.promote_types(self.base.weight.dtype, torch.float32)
+        delta = self.lora_B.weight.to(wide) @ self.lora_A.weight.to(wide)
+        return self.base.weight.to(wide) + self.scale * delta
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
     """Freeze `model` and put adapters on its target layers, in place. A is kaiming uniform, as PEFT has it; B zero.
 
+    DoRA's magnitudes start as the rows' lengths, so the weights have to be there.
+
     Raises:
         UsageError: a target that names no layer.
     """
     model.requires_grad_(False)
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    names = {name.rpartition(".")[2] for name, _ in found}
-    for target in config.targets:
-        if target not in names:
-            raise UsageError(
-                f"lora.targets: no layer `{target}`" + nearest(target, sorted(names)), fix=", ".join(LINEARS)
-            )
     generator = torch.Generator().manual_seed(seed)
-    for name, base in found:
-        parent, _, leaf = name.rpartition(".")
-        if leaf not in config.targets:
-            continue
-        layer = LoraLinear(base, config)
+    for name, base in adapted_layers(model, config).items():
+        rank, scale = config.of(name)
+        layer = LoraLinear(base, rank, scale, config.dropout, config.dora)
         bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform(a=sqrt(5)) in closed form
-        start = torch.empty(config.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        start = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
         layer.lora_A.weight.data = start.to(base.weight.device, dtype)
         layer.lora_B.weight.data = torch.zeros_like(layer.lora_B.weight, dtype=dtype)
+        if layer.lora_magnitude_vector is not None:
+            wide = torch.promote_types(base.weight.dtype, dtype)
+            layer.lora_magnitude_vector.data = base.weight.detach().to(wide).norm(dim=1).to(dtype)
+        parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
+
+
+def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
+    """The layers that `config.targets` means, by name.
+
+    Raises:
+        UsageError: a target that names no layer, or a pattern that could take forever.
+    """
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if isinstance(config.targets, str):
+        pattern = r".*\.(" + "|".join(LINEARS) + ")" if config.targets == ALL else _checked(config.targets)
+        chosen = {n: m for n, m in found.items() if re.fullmatch(pattern, n) or re.fullmatch(pattern, f"model.{n}")}
+        if not chosen:
+            raise UsageError(
+                f"lora.targets: no layer matches `{config.targets}`", fix=f"{ALL}, or {', '.join(LINEARS)}"
+            )
+        return chosen
+    for target in config.targets:
+        if not any(_ends(name, target) for name in found):
+            leaves = sorted({name.rpartition(".")[2] for name in found})
+            raise UsageError(f"lora.targets: no layer `{target}`" + nearest(target, leaves), fix=", ".join(LINEARS))
+    return {n: m for n, m in found.items() if any(_ends(n, target) for target in config.targets)}
 
 
 def merge_lora(model: nn.Module) -> None:
     """Add every adapter into its base weight and take it off, in place."""
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLinear)]:
+    for name, layer in lora_layers(model).items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.merged())
     model.requires_grad_(True)
 
 
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """The layers with an adapter, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+
+
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """`layers.0.self_attn.q_proj.lora_A.weight` and so on."""
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def _ends(name: str, target: str) -> bool:
+    """Whether `target` is the last names of a layer; on disk a name begins with `model.`"""
+    return f".model.{name}".endswith(f".{target}")
+
+
+def _pattern_of(patterns: Iterable[str], name: str) -> str | None:
+    """The first pattern that the end of a layer's name on disk matches, as PEFT decides it."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({_checked(p)})$", f"model.{name}")), None)
+
+
+def _checked(pattern: str) -> str:
+    if not _PATTERN.fullmatch(pattern) or sum(pattern.count(c) for c in "*+") > _QUANTIFIERS:
+        raise UsageError(f"lora: `{pattern[:60]}` is not a simple pattern", fix="names, `.*`, `[0-9]+` and (a|b)")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"lora: `{pattern[:60]}` is not a pattern: {error}") from None
+    return pattern

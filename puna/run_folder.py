@@ -19,7 +19,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from puna import __version__
 from puna.config import RecipeConfig, differences, load_config, read_yaml, to_yaml
 from puna.errors import CheckpointError, Interrupted, UsageError
 from puna.files import lock, make_folder, sweep, write_json, write_text
@@ -128,11 +127,6 @@ class Stop:
         """Raise Interrupted if a stop was asked for; `what` says what is safe by now."""
         if self.signal:
             raise Interrupted(f"stopped: {what}", self.signal, fix=fix)
-
-
-def lineage(config: RecipeConfig, **more: Any) -> dict[str, Any]:
-    """What an artefact was made from, for its puna.json: recipe, config, versions, and `more` (parents, metrics)."""
-    return {"format": 1, "puna": __version__, "recipe": config.recipe, "config": config.model_dump(mode="json"), **more}
 
 
 def environment() -> dict[str, Any]:

@@ -127,13 +127,25 @@ def test_foreign_adapters_are_refused(tokenizer_folder: Path, tmp_path: Path) ->
     config = tmp_path / "adapter_config.json"
     text = config.read_text()
     for change in (
-        '"use_dora": true',
-        '"use_rslora": true',
-        '"rank_pattern": {"q_proj": 8}',
+        '"modules_to_save": ["lm_head"]',
+        '"alora_invocation_tokens": [1]',
+        '"init_lora_weights": "pissa"',  # which changed the base, too
         '"bias_": 0, "bias": "all"',
     ):
         config.write_text(text.replace('"bias": "none"', change))
         with pytest.raises(CheckpointError, match="not supported"):
+            load_adapter(build(GQA), tmp_path)
+    wrong = {
+        '"r": 4': ('"r": 1000000000000', r"lora_A.weight is \(4, 32\), the base needs \(1000000000000, 32\)"),
+        '"lora_alpha": 12.0': ('"lora_alpha": NaN', "values that cannot be"),
+        '"use_dora": false': ('"use_dora": true', r"missing layers\.0\.mlp\.down_proj\.lora_magnitude_vector"),
+        '"rank_pattern": {}': ('"rank_pattern": {"(a*)*": 8}', "not a simple pattern"),
+        '"alpha_pattern": {}': ('"alpha_pattern": {"q_proj": 1e999}', "values that cannot be"),
+    }
+    for old, (new, message) in wrong.items():
+        assert old in text
+        config.write_text(text.replace(old, new))
+        with pytest.raises(CheckpointError, match=message):
             load_adapter(build(GQA), tmp_path)
     config.write_text(text.replace('"o_proj",', ""))
     with pytest.raises(CheckpointError, match=r"unexpected layers\.0\.self_attn\.o_proj"):

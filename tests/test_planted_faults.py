@@ -221,7 +221,7 @@ FAULTS = {
     "RoPE pairs neighbours": Fault("a published model talks gibberish",
         rope, "apply_rope", interleaved, "disk"),
     "k permuted with n_heads": Fault("a GGUF with grouped heads is a little stupid",
-        gguf_model, "_to_halves",
+        gguf_model, "to_halves",
         lambda sound: lambda w, d: sound(w, d // 2 if w.shape[0] == 16 else d), "disk", "gguf"),
     "key heads tiled": Fault("trains well, and answers worse everywhere else",
         attention, "causal_attention", tiled_heads, "disk"),

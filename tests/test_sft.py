@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 
 import puna
 from puna.errors import CheckpointError, UsageError
-from puna.eval.parity import compare_models
+from puna.eval.parity.observe import compare_models
 from puna.infer.rehearsal import rehearsal
 from puna.log import Metrics
 from puna.lora import lora_parameters
 from puna.recipes import run, sft
 from puna.tokenizer.chat import bundled
+from puna.tokenizer.decoding import Stream
 from puna.tokenizer.tokenizer import Tokenizer
 
 SMALL = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 48}
@@ -177,9 +178,18 @@ def test_chat_never_hands_escapes_to_the_terminal(
     """A model's text is untrusted: an escape sequence could retitle, recolour or type."""
     from puna.cli import chat
 
+    class Bytes:
+        errors = "replace"
+
+        def of(self, id: int, special: bool) -> bytes:
+            return bytes([id])
+
+        def drops_space_of(self, id: int) -> bool:
+            return False
+
     class Tokenizer:
-        def decode(self, ids: list[int]) -> str:
-            return bytes(ids).decode("utf-8", errors="replace")
+        def stream(self) -> Stream:
+            return Stream(Bytes(), False)  # type: ignore[arg-type]
 
     class Template:
         def prompt(self, messages: list[dict[str, str]]) -> list[int]:

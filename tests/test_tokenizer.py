@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 
 from puna.errors import DataError
 from puna.recipes import run
-from puna.tokenizer.bpe import SPLIT, byte_of_character, save_bpe, special_tokens, train_bpe
+from puna.tokenizer.bpe import save_bpe, train_bpe
+from puna.tokenizer.checks import LLAMA3 as SPLIT
+from puna.tokenizer.decoding import byte_of_character
+from puna.tokenizer.tiktoken_model import special_tokens
 from puna.tokenizer.tokenizer import Tokenizer
 
 

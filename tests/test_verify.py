@@ -1,5 +1,6 @@
 """What puna wrote, compared with the hashes it was written with: whole, or every file that changed by its name."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -124,6 +125,30 @@ def test_verify_of_a_single_file(finished: Path, tmp_path: Path) -> None:
     for (name, code), done in zip(codes.items(), verified(tmp_path, *codes), strict=True):
         assert done.returncode == code, done.stderr
         assert name in done.stdout + done.stderr
+
+
+def test_verify_of_what_meta_publishes(tmp_path: Path) -> None:
+    """A download of 140 GB that broke off; the list of sums must not name files elsewhere."""
+    sums = []
+    for name in ("consolidated.00.pth", "params.json", "tokenizer.model"):
+        (tmp_path / "meta").mkdir(exist_ok=True)
+        (tmp_path / "meta" / name).write_text(name * 100)
+        sums.append(f"{hashlib.md5((name * 100).encode()).hexdigest()}  {name}\n")
+    shutil.copytree(tmp_path / "meta", tmp_path / "bare")
+    (tmp_path / "meta/checklist.chk").write_text("".join(sums))
+    shutil.copytree(tmp_path / "meta", tmp_path / "broken")
+    (tmp_path / "broken/consolidated.00.pth").write_text("cons")
+    (tmp_path / "broken/params.json").unlink()
+    (tmp_path / "broken/checklist.chk").write_text("".join(sums) + "0" * 32 + "  ../meta/params.json\n")
+    names = ("meta", "broken", "bare", "meta/consolidated.00.pth")
+    whole, broken, bare, file = verified(tmp_path, *names)
+    assert (whole.returncode, whole.stdout) == (0, "ok   meta  3 files, 0.0 MB\n")
+    assert broken.returncode == 4
+    for told in ("00.pth: changed or damaged", "params.json: missing", "../meta/params.json: not a name"):
+        assert told in broken.stdout
+    assert bare.returncode == 4
+    assert "--against MODEL" in bare.stderr
+    assert (file.returncode, "it holds no hashes" in file.stderr) == (2, True)
 
 
 def test_verify_does_without_torch(finished: Path) -> None:

@@ -1,23 +1,43 @@
-"""Adapter directories in PEFT's layout: PEFT and vLLM open ours, we open theirs."""
+"""Adapter directories in PEFT's layout: PEFT and vLLM open ours, we open theirs, and torchtune's own."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from puna.checkpoint.model_directory import read_json
 from puna.checkpoint.names import from_disk_name, name_problems, to_disk_name
+from puna.checkpoint.stored import Stored
+from puna.checkpoint.torchtune import from_torchtune, is_torchtune
 from puna.dist.fsdp import gathered
-from puna.errors import CheckpointError
+from puna.errors import CheckpointError, UsageError
 from puna.files import write_json
-from puna.lora import LoraConfig, add_lora, lora_parameters
+from puna.lineage import write_lineage
+from puna.lora import LoraConfig, adapted_layers, add_lora, lora_layers, lora_parameters
 from puna.model.transformer import Transformer
 from puna.ranks import rank
 from puna.tokenizer.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_OURS = {
+    "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules",
+    "rslora": "use_rslora", "dora": "use_dora", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
+}  # fmt: skip
+# What may stand in an adapter_config.json and changes nothing that is computed; other settings have to be off.
+_IDLE = {
+    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "loftq_config", "megatron_config",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+_USUAL = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
+_UNPICKLE = (
+    "python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', "
+    "weights_only=True), 'adapter_model.safetensors')\" in that folder"
+)
 
 
 def save_adapter(
@@ -28,20 +48,13 @@ def save_adapter(
     if rank():
         return
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    values = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": config.targets,
-        "bias": "none",
-        "inference_mode": True,
-    }
-    write_json(folder / CONFIG, values)
+    values = {disk: getattr(config, ours) for ours, disk in _OURS.items()}
+    if isinstance(config.targets, str):  # spelled out: readers differ in what a pattern is held against
+        values["target_modules"] = [to_disk_name(name) for name in lora_layers(model)]
+    plain = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
+    write_json(folder / CONFIG, {**plain, "base_model_name_or_path": base, **values})
     tokenizer.save(folder)
-    write_json(folder / "puna.json", {**lineage, "tokenizer": tokenizer.fingerprint})
+    write_lineage(folder, lineage)
 
 
 def load_adapter(model: Transformer, folder: Path, dtype: torch.dtype = torch.float32) -> LoraConfig:
@@ -50,23 +63,22 @@ def load_adapter(model: Transformer, folder: Path, dtype: torch.dtype = torch.fl
     Raises:
         CheckpointError: a kind of adapter puna does not compute, or tensors that do not fit (all are listed).
     """
-    config = adapter_config(folder)
-    add_lora(model, config, dtype=dtype)
+    config, found = adapter_config(folder), _tensors(folder, model.config.head_dim)
     try:
-        found = {_our_name(n): t for n, t in load_file(folder / WEIGHTS).items()}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=folder / WEIGHTS) from None
-    targets = lora_parameters(model)
-    problems = name_problems(targets, found)
+        wanted = _expected_shapes(model, config)
+    except UsageError as error:
+        raise CheckpointError(error.what, where=folder / CONFIG) from None
+    problems = name_problems(wanted, found)
     problems += [
-        f"{n} is {tuple(found[n].shape)}, the base needs {tuple(p.shape)}"
-        for n, p in targets.items()
-        if n in found and found[n].shape != p.shape
+        f"{n} is {tuple(found[n].shape)}, the base needs {shape}"
+        for n, shape in wanted.items()
+        if n in found and tuple(found[n].shape) != shape
     ]
     if problems:
         raise CheckpointError("does not fit its base: " + "; ".join(problems[:20]), where=folder)
+    add_lora(model, config, dtype=dtype)
     with torch.no_grad():
-        for name, parameter in targets.items():
+        for name, parameter in lora_parameters(model).items():
             parameter.copy_(found[name])
     return config
 
@@ -75,17 +87,25 @@ def adapter_config(folder: Path) -> LoraConfig:
     """Our config of an adapter_config.json.
 
     Raises:
-        CheckpointError: DoRA, rsLoRA, per-layer ranks and other things that would compute something else.
+        CheckpointError: settings that would compute something else than puna does, or no such values.
     """
-    values = read_json(folder / CONFIG)
-    plain: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False}
-    plain |= dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"))
-    odd = {k: values[k] for k, usual in plain.items() if values.get(k) not in (None, usual, {}, [])}
-    targets = values.get("target_modules")
-    if odd or not isinstance(targets, list):
-        raise CheckpointError(f"not supported: {odd or {'target_modules': targets}}", where=folder / CONFIG)
-    given = {"rank": values["r"], "alpha": values["lora_alpha"], "dropout": values.get("lora_dropout", 0.0)}
-    return LoraConfig(**given, targets=sorted(targets))
+    values, where = read_json(folder / CONFIG), folder / CONFIG
+    if not isinstance(values, dict):
+        raise CheckpointError("is no mapping", where=where)
+    known = {*_IDLE, *_USUAL, *_OURS.values()}
+    odd = {k: v for k, v in values.items() if k not in known and v}
+    odd |= {k: values[k] for k, usual in _USUAL.items() if values.get(k, usual[0]) not in (None, False, *usual)}
+    if odd:
+        raise CheckpointError(f"not supported: {odd}", where=where, fix="merge it with PEFT: merge_and_unload()")
+    given = {ours: values[disk] for ours, disk in _OURS.items() if values.get(disk) is not None}
+    try:
+        if missing := [disk for disk in ("r", "lora_alpha", "target_modules") if values.get(disk) is None]:
+            raise CheckpointError(f"missing: {', '.join(missing)}", where=where)
+        if isinstance(given["targets"], list):
+            given["targets"] = sorted(given["targets"])
+        return LoraConfig(**given)
+    except (ValidationError, TypeError) as error:
+        raise CheckpointError(f"values that cannot be: {error}", where=where) from None
 
 
 def base_of(folder: Path) -> str:
@@ -96,5 +116,33 @@ def base_of(folder: Path) -> str:
     return str(base)
 
 
-def _our_name(name: str) -> str:
-    return from_disk_name(name.removeprefix(_PREFIX))
+def tokenizer_of(folder: Path, base: Stored) -> Tokenizer:
+    """An adapter's own tokenizer; its base's where it brings none, as PEFT writes it."""
+    own = folder.is_dir() and (folder / CONFIG).exists() and (folder / "tokenizer.json").exists()
+    return Tokenizer(folder) if own else base.read_tokenizer()
+
+
+def _tensors(folder: Path, head_dim: int) -> dict[str, Tensor]:
+    """By our names, in our row order."""
+    path = folder / WEIGHTS
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise CheckpointError("adapter_model.bin is a pickle, which can run code", where=folder, fix=_UNPICKLE)
+    try:
+        found = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=path, cause="an incomplete copy") from None
+    if is_torchtune(found):
+        return from_torchtune(found, head_dim)
+    return {from_disk_name(name.removeprefix(_PREFIX)): tensor for name, tensor in found.items()}
+
+
+def _expected_shapes(model: Transformer, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Of every adapter tensor by our names, before anything of a size that a file claims is made."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in adapted_layers(model, config).items():
+        rank, _ = config.of(name)
+        shapes[f"{name}.lora_A.weight"] = (rank, layer.in_features)
+        shapes[f"{name}.lora_B.weight"] = (layer.out_features, rank)
+        if config.dora:
+            shapes[f"{name}.lora_magnitude_vector"] = (layer.out_features,)
+    return shapes

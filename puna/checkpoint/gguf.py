@@ -9,12 +9,13 @@ import mmap
 import struct
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from puna.checkpoint.gguf_blocks import BLOCKS, NAMES, dequantize
+from puna.checkpoint.gguf_blocks import LAYOUTS, Ggml, dequantize
 from puna.errors import CheckpointError
 
 _SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -22,6 +23,7 @@ _DTYPES = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7
 _STRING, _ARRAY = 8, 9
 _MAX_STRINGS = 1 << 21  # a vocabulary of two million; more is not a model
 _MAX_DIMS = 4
+_MAX_TENSORS = 1 << 14  # the largest Llama has 1,137
 
 
 @dataclass
@@ -42,25 +44,33 @@ class Gguf:
 
     def kinds(self) -> str:
         """What the weights are stored in, most tensors first: `Q4_1 x 210, F32 x 61`."""
-        counts = Counter(NAMES.get(t.kind, f"type {t.kind}") for t in self._tensors.values())
+        counts = Counter(tensor.kind.name for tensor in self._tensors.values())
         return ", ".join(f"{kind} x {count}" for kind, count in counts.most_common())
+
+    def kind(self, name: str) -> Ggml:
+        """What the tensor is stored in."""
+        return self._tensors[name].kind
+
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor's bytes: uint8, read-only memory of the file."""
+        tensor = self._tensors[name]
+        return np.frombuffer(self._bytes, np.uint8, tensor.size, tensor.offset)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor dequantized to fp32.
 
         Raises:
-            CheckpointError: a type that puna does not dequantize.
+            CheckpointError: a type that is not read here, or scales that are not finite.
         """
-        tensor = self._tensors[name]
-        if tensor.kind not in BLOCKS:
-            raise CheckpointError(f"{name} has ggml type {tensor.kind}, which is not read yet", where=self.path)
-        raw = np.frombuffer(self._bytes, np.uint8, tensor.size, tensor.offset)
-        return dequantize(raw, tensor.kind).reshape(tensor.shape)
+        try:
+            return dequantize(self.raw(name), self.kind(name)).reshape(self.shape(name))
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error.what}", where=self.path, cause=error.cause, fix=error.fix) from None
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    kind: int
+    kind: Ggml
     shape: tuple[int, ...]
     offset: int
     size: int
@@ -92,27 +102,48 @@ def open_gguf(path: Path) -> Gguf:
         if not key or key in metadata:
             raise reader.wrong(f"empty or repeated key {key[:80]!r}")
         metadata[key] = reader.value(reader.scalar(4))
+    if n_tensors > _MAX_TENSORS:
+        raise reader.wrong(f"{n_tensors:,} tensors")
     infos = [reader.tensor_info() for _ in range(n_tensors)]
     return Gguf(path, metadata, _place(infos, reader, metadata.get("general.alignment", 32)), data)
 
 
-def _place(infos: list[tuple[str, int, tuple[int, ...], int]], reader: "_Reader", alignment: Any) -> dict[str, _Tensor]:
+def _place(infos: list["_Info"], reader: "_Reader", alignment: Any) -> dict[str, _Tensor]:
     if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
         raise reader.wrong(f"alignment {alignment!r}")
     start = -(-reader.at // alignment) * alignment
     tensors: dict[str, _Tensor] = {}
-    for name, kind, shape, offset in infos:
-        count = math.prod(shape)
-        per_block, block_bytes = BLOCKS.get(kind, (1, 0))
-        if name in tensors:
-            raise reader.wrong(f"two tensors are called {name[:80]!r}")
-        if offset % alignment or shape[-1] % per_block:
-            raise reader.wrong(f"tensor {name[:80]!r} is not aligned or not whole blocks")
-        size = count // per_block * block_bytes
-        if start + offset + size > reader.size:
-            raise reader.wrong(f"tensor {name[:80]!r} reaches beyond the end of the file")
-        tensors[name] = _Tensor(kind, shape, start + offset, size)
+    for info in infos:
+        if info.name in tensors:
+            raise reader.wrong(f"two tensors are called {info.name[:80]!r}")
+        if info.kind not in LAYOUTS:
+            raise reader.wrong(f"tensor {info.name[:80]!r} has ggml type {info.kind}, which is not known", newer=True)
+        per_block, block_bytes = LAYOUTS[Ggml(info.kind)]
+        if info.offset % alignment or info.shape[-1] % per_block:
+            raise reader.wrong(f"tensor {info.name[:80]!r} is not aligned or not whole blocks")
+        size = math.prod(info.shape) // per_block * block_bytes
+        if start + info.offset + size > reader.size:
+            raise reader.wrong(f"tensor {info.name[:80]!r} reaches beyond the end of the file")
+        tensors[info.name] = _Tensor(Ggml(info.kind), info.shape, start + info.offset, size)
+    _no_overlap(tensors, reader)
     return tensors
+
+
+def _no_overlap(tensors: dict[str, _Tensor], reader: "_Reader") -> None:
+    """A small file could otherwise promise any number of large tensors."""
+    placed = sorted((tensor.offset, tensor.size, name) for name, tensor in tensors.items())
+    for (offset, size, name), (following, _, other) in pairwise(placed):
+        if offset + size > following:
+            raise reader.wrong(f"tensors {name[:80]!r} and {other[:80]!r} overlap")
+
+
+class _Info(NamedTuple):
+    """A tensor as the header tells it."""
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    offset: int
 
 
 class _Reader:
@@ -121,8 +152,9 @@ class _Reader:
     def __init__(self, data: mmap.mmap, path: Path):
         self.data, self.path, self.at, self.size = data, path, 0, len(data)
 
-    def wrong(self, what: str) -> CheckpointError:
-        return CheckpointError(what, where=f"{self.path} at byte {self.at:,}", cause="a damaged or hostile file")
+    def wrong(self, what: str, *, newer: bool = False) -> CheckpointError:
+        cause = "a newer file format" if newer else "a damaged or hostile file"
+        return CheckpointError(what, where=f"{self.path} at byte {self.at:,}", cause=cause)
 
     def take(self, n: int) -> bytes:
         if n > self.size - self.at:
@@ -164,11 +196,11 @@ class _Reader:
         self.at += n * dtype.itemsize
         return np.frombuffer(self.data, dtype, n, self.at - n * dtype.itemsize)
 
-    def tensor_info(self) -> tuple[str, int, tuple[int, ...], int]:
+    def tensor_info(self) -> _Info:
         name, n_dims = self.string(), self.scalar(4)
         if not 1 <= n_dims <= _MAX_DIMS:
             raise self.wrong(f"tensor {name[:80]!r} has {n_dims} dimensions")
         shape = tuple(reversed([self.scalar(10) for _ in range(n_dims)]))
         if min(shape) < 1 or math.prod(shape) > 8 * self.size:
             raise self.wrong(f"tensor {name[:80]!r} has shape {shape}")
-        return name, self.scalar(4), shape, self.scalar(10)
+        return _Info(name, self.scalar(4), shape, self.scalar(10))

@@ -1,5 +1,7 @@
 """A Llama out of a GGUF file: config, weights with their names and head order, and the tokenizer inside."""
 
+import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,9 +9,13 @@ from typing import Any
 import torch
 
 from puna.checkpoint.gguf import Gguf, open_gguf
+from puna.checkpoint.gguf_blocks import Ggml
+from puna.checkpoint.gguf_rope import TENSOR as ROPE
+from puna.checkpoint.gguf_rope import refuse_other_scaling, rope_scaling
+from puna.checkpoint.rope_layout import is_rotated, to_halves
 from puna.checkpoint.stored import Stored, Weight
 from puna.errors import CheckpointError
-from puna.model.config import ModelConfig
+from puna.model.config import ModelConfig, RopeScaling
 from puna.tokenizer.gguf_vocab import vocab_files
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -20,59 +26,57 @@ _BLOCK = {
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 _TOP = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
+_DTYPES = {
+    Ggml.F32: torch.float32, Ggml.F16: torch.float16, Ggml.BF16: torch.bfloat16, Ggml.F64: torch.float64
+}  # fmt: skip
+LINEAGE = "puna.lineage"
+"""The metadata key that holds what puna.json holds elsewhere."""
 
 
 def open_gguf_model(path: Path) -> Stored:
-    """A GGUF file as a model; its tensors are dequantized to fp32 when they are read.
+    """A GGUF file as a model; plain floats are read as they are, quantized tensors are dequantized to fp32.
 
     Raises:
-        CheckpointError: damaged, or another architecture.
+        CheckpointError: damaged, another architecture, or something this Llama does not compute.
     """
     file = open_gguf(path)
     config = gguf_config(file)
-    weights = {_our_name(name): _weight(file, name, config) for name in file.names()}
-    return Stored(path, "gguf", config, weights, file.kinds(), [path], partial(gguf_tokenizer, file))
-
-
-def _weight(file: Gguf, name: str, config: ModelConfig) -> Weight:
-    def read() -> torch.Tensor:
-        weight = torch.from_numpy(file.read(name))
-        return _to_halves(weight, config.head_dim) if name.endswith(("attn_q.weight", "attn_k.weight")) else weight
-
-    return Weight(file.shape(name), torch.float32, read)
+    weights = {our_name(name): _weight(file, name, config) for name in file.names() if name != ROPE}
+    return Stored(
+        path, "gguf", config, weights, file.kinds(), [path], partial(gguf_tokenizer, file), _stop_ids(file),
+        _lineage(file),
+    )  # fmt: skip
 
 
 def gguf_config(file: Gguf) -> ModelConfig:
-    """The architecture a GGUF's metadata describes."""
+    """The architecture a GGUF's metadata describes, held against its tensors.
+
+    Raises:
+        CheckpointError: see `open_gguf_model`.
+    """
     if (kind := file.metadata.get("general.architecture")) != "llama":
         raise CheckpointError(f"the architecture is {kind!r}, puna reads llama", where=file.path)
-    if "rope_freqs.weight" in file.names():
-        raise CheckpointError("RoPE scaling inside a GGUF is not read yet", where=file.path)
-
-    def get(key: str, default: Any = None) -> Any:
-        value = file.metadata.get(f"llama.{key}", default)
-        if not isinstance(value, int | float):
-            raise CheckpointError(f"llama.{key} is {value!r}", where=file.path)
-        return value
-
-    heads = get("attention.head_count")
-    if not heads or "token_embd.weight" not in file.names():
-        raise CheckpointError("no attention heads or no token_embd.weight", where=file.path)
-    return ModelConfig(
-        dim=get("embedding_length"),
-        n_layers=get("block_count"),
+    dim, heads = _count(file, "embedding_length"), _count(file, "attention.head_count")
+    head_dim = _count(file, "attention.key_length", dim // heads)
+    theta = _real(file, "rope.freq_base", 10000.0)
+    _refuse_what_is_not_computed(file, head_dim)
+    config = ModelConfig(
+        dim=dim,
+        n_layers=_count(file, "block_count"),
         n_heads=heads,
-        n_kv_heads=get("attention.head_count_kv", heads),
-        head_dim=get("attention.key_length", get("embedding_length") // heads),
-        ffn_dim=get("feed_forward_length"),
-        vocab_size=file.shape("token_embd.weight")[0],
-        max_seq_len=get("context_length"),
-        rope_theta=get("rope.freq_base", 10000.0),
-        rope_scaling=None,
+        n_kv_heads=_count(file, "attention.head_count_kv", heads),
+        head_dim=head_dim,
+        ffn_dim=_count(file, "feed_forward_length"),
+        vocab_size=file.shape("token_embd.weight")[0] if "token_embd.weight" in file.names() else 0,
+        max_seq_len=_count(file, "context_length"),
+        rope_theta=theta,
+        rope_scaling=_scaling(file, head_dim, theta),
         # Stored as fp32: 9.9999997e-06 is meant as 1e-5.
-        norm_eps=float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
+        norm_eps=float(f"{_real(file, 'attention.layer_norm_rms_epsilon'):.6g}"),
         tie_embeddings="output.weight" not in file.names(),
     )
+    _hold_against_tensors(config, file)
+    return config
 
 
 def gguf_tokenizer(file: Gguf) -> Tokenizer:
@@ -80,7 +84,8 @@ def gguf_tokenizer(file: Gguf) -> Tokenizer:
     return Tokenizer(vocab_files(file.metadata))
 
 
-def _our_name(name: str) -> str:
+def our_name(name: str) -> str:
+    """`blk.0.attn_q.weight` -> `layers.0.self_attn.q_proj.weight`; what is not in the table stays as it is."""
     parts = name.split(".")
     if parts[0] == "blk" and len(parts) == 4 and parts[2] in _BLOCK:
         return f"layers.{parts[1]}.{_BLOCK[parts[2]]}.{parts[3]}"
@@ -89,7 +94,98 @@ def _our_name(name: str) -> str:
     return name
 
 
-def _to_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows from Meta's interleaved RoPE pairs (2i, 2i + 1) to the half-split ones (i, i + D/2), head by head."""
-    rows = weight.view(-1, head_dim // 2, 2, weight.shape[1])
-    return rows.transpose(1, 2).reshape(weight.shape)
+def gguf_name(name: str) -> str:
+    """The inverse of `our_name`."""
+    parts = name.split(".")
+    if parts[0] == "layers":
+        block = next(theirs for theirs, ours in _BLOCK.items() if ours == ".".join(parts[2:-1]))
+        return f"blk.{parts[1]}.{block}.{parts[-1]}"
+    top = next(theirs for theirs, ours in _TOP.items() if ours == parts[0])
+    return f"{top}.{parts[-1]}"
+
+
+def _weight(file: Gguf, name: str, config: ModelConfig) -> Weight:
+    dtype = _DTYPES.get(file.kind(name))
+
+    def read() -> torch.Tensor:
+        if dtype is None:
+            weight = torch.from_numpy(file.read(name))
+        else:
+            weight = torch.from_numpy(file.raw(name).copy()).view(dtype).view(file.shape(name))
+        return to_halves(weight, config.head_dim) if is_rotated(our_name(name)) else weight
+
+    return Weight(file.shape(name), dtype or torch.float32, read)
+
+
+def _count(file: Gguf, key: str, default: int | None = None) -> int:
+    value = file.metadata.get(f"llama.{key}", default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+        raise CheckpointError(f"llama.{key} is {_shown(value)}", where=file.path)
+    return value
+
+
+def _real(file: Gguf, key: str, default: float | None = None) -> float:
+    value = file.metadata.get(f"llama.{key}", default)
+    if not isinstance(value, float | int) or not math.isfinite(value) or value <= 0:
+        raise CheckpointError(f"llama.{key} is {_shown(value)}", where=file.path)
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.80}" if value is None or isinstance(value, int | float | str) else "an array"
+
+
+def _refuse_what_is_not_computed(file: Gguf, head_dim: int) -> None:
+    plain = {
+        "rope.dimension_count": head_dim, "attention.value_length": head_dim, "expert_count": 0,
+        "expert_used_count": 0, "attention.scale": 0.0, "attention.causal": True,
+    }  # fmt: skip
+    for key, usual in plain.items():
+        value = file.metadata.get(f"llama.{key}", usual)
+        if not isinstance(value, int | float) or value != usual:
+            raise CheckpointError(f"llama.{key} is {_shown(value)}; puna computes {usual}", where=file.path)
+    if head_dim % 2:
+        raise CheckpointError(f"heads of {head_dim}: RoPE turns pairs", where=file.path)
+    refuse_other_scaling(file.metadata, file.path)
+
+
+def _scaling(file: Gguf, head_dim: int, theta: float) -> RopeScaling | None:
+    if ROPE not in file.names():
+        return None
+    return rope_scaling(file.read(ROPE), file.metadata, head_dim, theta, file.path)
+
+
+def _hold_against_tensors(config: ModelConfig, file: Gguf) -> None:
+    """Sizes that no tensor has would be allocated before anything notices."""
+    names = set(file.names())
+    blocks = {name.split(".")[1] for name in names if name.startswith("blk.")}
+    told = {
+        "token_embd.weight": (config.vocab_size, config.dim),
+        "blk.0.attn_q.weight": (config.n_heads * config.head_dim, config.dim),
+        "blk.0.attn_k.weight": (config.n_kv_heads * config.head_dim, config.dim),
+        "blk.0.ffn_gate.weight": (config.ffn_dim, config.dim),
+    }
+    if missing := [name for name in told if name not in names]:
+        raise CheckpointError(f"no {missing[0]}", where=file.path, cause="an incomplete or vocabulary-only file")
+    if len(blocks) != config.n_layers:
+        raise CheckpointError(f"llama.block_count is {config.n_layers}, blk.* are {len(blocks)}", where=file.path)
+    for name, shape in told.items():
+        if file.shape(name) != shape:
+            raise CheckpointError(f"{name} is {file.shape(name)}, the metadata says {shape}", where=file.path)
+    if config.n_heads % config.n_kv_heads:
+        raise CheckpointError(f"{config.n_heads} heads cannot share {config.n_kv_heads}", where=file.path)
+
+
+def _stop_ids(file: Gguf) -> list[int]:
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    found = [file.metadata.get(key) for key in keys]
+    rows = file.shape("token_embd.weight")[0]
+    return list(dict.fromkeys(id for id in found if isinstance(id, int) and 0 <= id < rows))
+
+
+def _lineage(file: Gguf) -> dict[str, Any]:
+    try:
+        lineage = json.loads(file.metadata.get(LINEAGE, "{}"))
+    except (ValueError, TypeError, RecursionError):  # not ours, or damaged: it describes the file and does not make it
+        return {}
+    return lineage if isinstance(lineage, dict) else {}

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from puna.checkpoint.names import DTYPES, from_disk_name, from_hf_config, to_disk_name, to_hf_config
 from puna.checkpoint.stored import Stored, Weight, expected_shapes
-from puna.checkpoint.weight_files import inside, open_weights, read_json, storage, weight_files, write_weights
+from puna.checkpoint.weight_files import OpenFile, inside, open_weights, read_json, storage, weight_files, write_weights
 from puna.dist.fsdp import gathered
 from puna.errors import CheckpointError
 from puna.files import write_json
+from puna.lineage import read_lineage, write_lineage
 from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
 from puna.ranks import rank
@@ -63,8 +64,11 @@ def write_model_directory(
     _write_beside(folder, stored.config, main, tokenizer, stored.stop_ids, lineage)
 
 
-def open_model_directory(folder: Path) -> Stored:
+def open_model_directory(folder: Path, open_bin: OpenFile | None = None) -> Stored:
     """A model directory as puna, transformers and others write it.
+
+    Args:
+        open_bin: reads pytorch_model.bin, where there is no safetensors file.
 
     Raises:
         CheckpointError: no such model, damaged files, or an architecture that puna does not compute.
@@ -72,17 +76,16 @@ def open_model_directory(folder: Path) -> Stored:
     file = inside(folder, "config.json")
     config = from_hf_config(read_json(file), file)
     files = weight_files(folder)
-    found = open_weights(files)
+    found = open_weights(files, open_bin)
     if not found:
         raise CheckpointError("holds no tensors", where=files[0], cause="an incomplete copy")
     weights = _by_our_names(found, files[0])
     head = weights.pop("lm_head.weight", None) if config.tie_embeddings else None
     if head is not None and "embed_tokens.weight" in weights:
         weights["embed_tokens.weight"] = _tied(weights["embed_tokens.weight"], head, folder)
-    lineage = read_json(folder / "puna.json") if (folder / "puna.json").exists() else {}
     return Stored(
         folder, "hf", config, weights, storage(found), files, lambda: Tokenizer(folder),
-        read_stop_ids(folder), lineage,
+        read_stop_ids(folder), read_lineage(folder),
     )  # fmt: skip
 
 
@@ -141,4 +144,4 @@ def _write_beside(
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "do_sample": True}
     write_json(folder / "generation_config.json", generation)
     tokenizer.save(folder)
-    write_json(folder / "puna.json", {**lineage, "tokenizer": tokenizer.fingerprint})
+    write_lineage(folder, lineage)

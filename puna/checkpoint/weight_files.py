@@ -11,6 +11,7 @@ from puna.checkpoint.stored import Weight
 from puna.errors import CheckpointError
 from puna.files import write_json
 
+OpenFile = Callable[[Path], dict[str, Weight]]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 5_000_000_000  # what others write; a download that breaks off loses at most this
 _JSON_BYTES = 2_000_000  # JSON of `[]` grows 25-fold in memory
@@ -38,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model directory.
+    """The files of a model directory that hold weights: safetensors, or what torch.save wrote before them.
 
     Raises:
         CheckpointError: there are none, or an index that names what is not a file of this directory.
@@ -49,11 +50,8 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(places, dict) or not places or not all(isinstance(n, str) for n in places.values()):
             raise CheckpointError("has no weight_map of tensors to files", where=folder / INDEX)
         names = sorted(set(places.values()))
-    elif pickles := sorted(p.name for p in folder.glob("pytorch_model*.bin")):
-        raise CheckpointError(
-            f"only pickled weights ({pickles[0]})", where=folder, cause="an old model; a pickle can run any code",
-            fix=f"puna convert {folder} FOLDER --to hf",
-        )  # fmt: skip
+    elif not (folder / SINGLE).exists():  # an old model: read as data, nothing in it is run
+        names = sorted(p.name for p in folder.glob("pytorch_model*.bin")) or names
     return [inside(folder, name) for name in names]
 
 
@@ -82,15 +80,18 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def open_weights(files: list[Path]) -> dict[str, Weight]:
+def open_weights(files: list[Path], open_bin: OpenFile | None = None) -> dict[str, Weight]:
     """The tensors of all files by their disk names.
+
+    Args:
+        open_bin: reads what torch.save wrote.
 
     Raises:
         CheckpointError: a damaged file, or a tensor that two of them hold.
     """
     weights: dict[str, Weight] = {}
     for file in files:
-        found = open_safetensors(file)
+        found = open_bin(file) if open_bin and file.suffix == ".bin" else open_safetensors(file)
         if twice := sorted(weights.keys() & found.keys()):
             raise CheckpointError(f"{twice[0]!r} is in another file too", where=file)
         weights |= found

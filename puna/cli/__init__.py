@@ -7,7 +7,20 @@ import traceback
 import typer
 
 from puna import __version__
-from puna.cli import chat, completion, configs, doctor, download, evaluate, look, models, quickstart, verify
+from puna.cli import (
+    chat,
+    completion,
+    configs,
+    convert,
+    doctor,
+    download,
+    evaluate,
+    inspect,
+    look,
+    models,
+    quickstart,
+    verify,
+)  # fmt: skip
 from puna.cli.mistakes import Verbs, told
 from puna.log import setup_logging
 
@@ -24,6 +37,8 @@ app = typer.Typer(
 )
 configs.register(app)
 models.register(app)
+inspect.register(app)
+convert.register(app)
 chat.register(app)
 evaluate.register(app)
 download.register(app)

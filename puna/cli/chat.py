@@ -63,8 +63,11 @@ def merge(
     save_dtype: Annotated[str, typer.Option(help="bf16, fp32 or fp16.")] = "bf16",
 ) -> None:
     """Add an adapter into its base model and write a model directory."""
+    from puna.checkpoint.adapter import base_of
     from puna.checkpoint.names import DTYPES
+    from puna.checkpoint.registry import find_model
     from puna.infer.llama import load
+    from puna.lineage import lineage, parent
     from puna.lora import lora_parameters, merge_lora
 
     if save_dtype not in DTYPES:
@@ -73,7 +76,9 @@ def merge(
     if not lora_parameters(llama.model):
         raise UsageError("this is no adapter: there is nothing to merge", where=adapter, fix="use it as it is")
     merge_lora(llama.model)
-    llama.save(target, dtype=save_dtype)
+    base = base_of(llama.path)
+    made_from = lineage("merge", [llama.path, parent(base, find_model(base))])
+    llama.save(target, dtype=save_dtype, made_from=made_from)
     print(target)
 
 
@@ -94,20 +99,17 @@ def _read() -> str | None:
 def _answer(llama: Any, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
     """Print the answer as it comes, without anything a terminal would obey; Ctrl-C ends it early."""
     prompt = llama.template.prompt(messages)
-    ids: list[int] = []
-    shown = ""
+    stream, shown = llama.tokenizer.stream(), ""
 
-    def show(token: int) -> None:
+    def show(piece: str) -> None:
         nonlocal shown
-        ids.append(token)
-        text = llama.tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # half a character waits for its other half
-            print(harmless(text[len(shown) :]), end="", flush=True)
-            shown = text
+        print(harmless(piece), end="", flush=True)
+        shown += piece
 
     try:
-        llama.continue_ids([prompt], on_token=show, **options)
+        llama.continue_ids([prompt], on_token=lambda token: show(stream.feed(token)), **options)
     except KeyboardInterrupt:
         print(" ...", end="")
+    show(stream.end())
     print()
-    return llama.tokenizer.decode(ids)
+    return shown

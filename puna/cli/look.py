@@ -13,7 +13,10 @@ from puna.log import Metrics, clock, harmless
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of token shards.")]
 TokenizerFolder = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A tokenizer, model or run folder, a .gguf file, or smollm2-135m.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A tokenizer, model or run folder, a tokenizer.model, .bin or .gguf, or smollm2-135m."
+    ),
 ]
 
 
@@ -47,7 +50,7 @@ def encode(
         print_json(ids)
         return
     print(*ids)
-    print("|".join(tokenizer.decode([i], special=True) for i in ids))
+    print("|".join(tokenizer.piece(i) for i in ids))
 
 
 def decode(folder: TokenizerFolder, ids: Annotated[list[int], typer.Argument(help="Ids to decode.")]) -> None:
@@ -137,7 +140,7 @@ def _conversations(config: str, words: list[str], numbers: list[int] | None) -> 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     """The text of each id; one that is no whole character shows as its replacement."""
-    return [tokenizer.decode([i], special=True) for i in ids]
+    return [tokenizer.piece(i) for i in ids]
 
 
 def _marked(pieces: list[str], trained: list[bool]) -> str:

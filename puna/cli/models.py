@@ -1,11 +1,11 @@
-"""Verbs that use a model: generate, inspect."""
+"""`puna generate`."""
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from puna.cli.output import Json, print_fields, print_json
+from puna.cli.output import Json, print_json
 from puna.errors import UsageError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model or run folder, a .gguf file, or smollm2-135m.")]
@@ -13,7 +13,6 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model or run fold
 
 def register(app: typer.Typer) -> None:
     app.command("generate")(generate)
-    app.command("inspect")(inspect)
 
 
 def generate(
@@ -55,28 +54,3 @@ def _prompt(given: str) -> str:
     except UnicodeEncodeError:
         raise UsageError("the prompt is not UTF-8", cause="a byte of another encoding in the terminal") from None
     return text
-
-
-def inspect(path: Model, as_json: bool = Json) -> None:
-    """What a model is, without loading its weights."""
-    from puna.checkpoint.adapter import CONFIG as ADAPTER
-    from puna.checkpoint.adapter import adapter_config, base_of
-    from puna.checkpoint.registry import find_model, open_model
-    from puna.model.config import count_parameters
-
-    found = find_model(path)
-    if (found / ADAPTER).exists():
-        print_fields({"path": str(found), "adapter of": base_of(found), **adapter_config(found).model_dump()}, as_json)
-        return
-    stored = open_model(found)
-    shape, tokenizer, lineage = stored.config, stored.read_tokenizer(), stored.lineage
-    size = sum(f.stat().st_size for f in stored.files) / 1e6
-    fields: dict[str, Any] = {
-        "path": str(found),
-        "parameters": count_parameters(shape),
-        **shape.model_dump(),
-        "weights": f"{stored.storage}, {size:,.1f} MB in {len(stored.files)} file(s)",
-        "tokenizer": f"{tokenizer.vocab_size} ids, BOS {tokenizer.bos_id}, stops at {tokenizer.stop_ids}",
-        "lineage": {k: lineage.get(k) for k in ("puna", "recipe", "data", "metrics")} if lineage else None,
-    }
-    print_fields(fields, as_json)

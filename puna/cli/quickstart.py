@@ -144,7 +144,7 @@ def _show_tuned(run: Path, merged: Path) -> None:
     from puna.checkpoint.model_directory import read_json
     from puna.cli.chat import merge
     from puna.config import read_yaml
-    from puna.eval.parity import compare_models
+    from puna.eval.parity.observe import compare_models
     from puna.infer.llama import load as load_model
 
     _show_answers(run)

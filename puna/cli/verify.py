@@ -1,6 +1,7 @@
-"""`puna verify`: is everything as it was written?"""
+"""`puna verify`: is everything as it was written? With --against: do two models say the same?"""
 
 import contextlib
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -11,7 +12,9 @@ from puna.cli.output import Json, print_json
 from puna.errors import CheckpointError, DataError, PunaError, UsageError
 from puna.files import MANIFEST, damage, read_manifest
 
-_DATA, _MODEL = {"index.json", "tokenizer.json"}, {"config.json", "adapter_config.json"}
+_DATA, _MODEL = {"index.json", "tokenizer.json"}, {"config.json", "adapter_config.json", "params.json"}
+_CHECKLIST = "checklist.chk"
+_DTYPES = ("fp32", "fp64", "bf16")
 
 
 class Checked(NamedTuple):
@@ -41,9 +44,33 @@ def verify(
             metavar="PATH", help="A run, model, adapter, shard or tokenizer folder, one of several of them, or a file."
         ),
     ],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare what PATH and MODEL say, of any formats.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="With --against: what to ask, one a line.")] = None,
+    text: Annotated[Path | None, typer.Option(help="With --against: a UTF-8 text for the perplexities.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Largest difference of a logit; by default it depends on what is compared.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most ids in an answer.", min=1)] = 32,
+    dtype: Annotated[str, typer.Option(help="What both compute in: fp32, fp64 or bf16.")] = "fp32",
     as_json: bool = Json,
 ) -> None:
-    """Compare every file with the hash it was written with; exit code 4 for a damaged model, 3 for damaged data."""
+    """Compare every file with the hash it was written with; with --against, what two models say.
+
+    Exit code 4 for a damaged model, 3 for damaged data, 5 for models that differ by more than the budget.
+    """
+    if against is not None:
+        if dtype not in _DTYPES:
+            raise UsageError(f"`{dtype}` is not a dtype", fix=f"--dtype {', '.join(_DTYPES)}")
+        from puna.cli.compare import compare
+
+        options = {"budget": budget, "max_tokens": max_tokens, "dtype": dtype}
+        if not compare(str(path), against, as_json, prompts, text, **options):
+            raise typer.Exit(5)
+        return
+    if prompts or text or budget is not None:
+        raise UsageError("nothing to compare it with", fix=f"puna verify {path} --against MODEL")
     found = [_folder(place) if place.is_dir() else _file(place) for place in _places(path)]
     if as_json:
         print_json([checked._asdict() for checked in found])
@@ -70,13 +97,13 @@ def _places(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     folders = [path]
-    if not _made(path):
+    if not _made(path) and not (path / _CHECKLIST).exists():
         inside = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         if not any(map(_made, inside)):
             raise _kind(path)(
                 f"no {MANIFEST}, so nothing tells what its files should be", where=path,
                 cause="puna did not make it, or not to its end; a model from elsewhere has no manifest",
-                fix="compare it with its publisher's hashes; puna verify FILE.safetensors checks a file's header",
+                fix="its publisher's hashes, puna verify FILE.safetensors for a file's header, or --against MODEL",
             )  # fmt: skip
         # One that lost its manifest beside others is damage, not somebody's notes.
         folders = [p for p in inside if _made(p) or (_DATA | _MODEL) & {file.name for file in p.iterdir()}]
@@ -100,12 +127,35 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _folder(path: Path) -> Checked:
+    if (path / _CHECKLIST).exists() and not _made(path):
+        return _meta_folder(path)
     sizes = [p.stat().st_size for p in path.rglob("*") if p.is_file() and p != path / MANIFEST]
     try:
         files, wrong = len(read_manifest(path)), damage(path)
     except CheckpointError as error:
         files, wrong = len(sizes), [error.what]
     return Checked(str(path), files, sum(sizes), "hashes", wrong)
+
+
+def _meta_folder(path: Path) -> Checked:
+    """What Meta publishes has a list of MD5 sums: they tell a broken download, not a stranger's file."""
+    listed = [line.split() for line in (path / _CHECKLIST).read_text(encoding="utf-8", errors="replace").splitlines()]
+    sums = {words[1].lstrip("*"): words[0] for words in listed if len(words) == 2}
+    wrong = [f"{_CHECKLIST}: lists nothing"] * (not sums)
+    for name, known in sums.items():
+        if Path(name).name != name:  # a list may not send us elsewhere
+            wrong.append(f"{name}: not a name in this folder")
+        elif not (path / name).is_file():
+            wrong.append(f"{name}: missing")
+        elif _md5(path / name) != known:
+            wrong.append(f"{name}: changed or damaged")
+    sizes = [(path / name).stat().st_size for name in sums if Path(name).name == name and (path / name).is_file()]
+    return Checked(str(path), len(sizes), sum(sizes), "hashes", wrong)
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _file(path: Path) -> Checked:
@@ -129,7 +179,8 @@ def _reader(path: Path) -> Callable[[Path], Any]:
         return open_gguf
     if path.suffix == ".safetensors":
         return _open_safetensors
-    raise UsageError("nothing to compare this file with", where=path, fix="the folder it is in")
+    fix = "the folder it is in, or puna verify A --against B of two models"
+    raise UsageError("nothing to compare this file with: it holds no hashes", where=path, fix=fix)
 
 
 def _open_safetensors(path: Path) -> None:

@@ -1,8 +1,8 @@
 """The Python API's object: a model with its tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from puna.checkpoint.adapter import CONFIG as ADAPTER
-from puna.checkpoint.adapter import base_of, load_adapter
+from puna.checkpoint.adapter import base_of, load_adapter, tokenizer_of
 from puna.checkpoint.model_directory import save_model
 from puna.checkpoint.registry import find_model, open_model
 from puna.device import choose_device, choose_dtype
 from puna.errors import UsageError
 from puna.files import atomic_folder
 from puna.infer.generate import generate
+from puna.lineage import lineage
+from puna.model.resize import resize_embeddings
 from puna.model.transformer import Transformer
 from puna.tokenizer.chat import ChatFormat, Message
 from puna.tokenizer.tokenizer import Tokenizer
@@ -68,11 +70,28 @@ class Llama:
         """Ids that continue each prompt of ids, ended by one of `stop_ids` or by length."""
         return generate(self.model, prompts, max_tokens=max_tokens, stop_ids=self.stop_ids, **sampling)
 
-    def save(self, path: str | Path, dtype: str = "bf16") -> None:
-        """Write a model directory that transformers, vLLM and llama.cpp's converter open."""
+    def add_tokens(self, tokens: Sequence[str], *, special: bool = True) -> "Llama":
+        """A model with more tokens: their ids at the end, their rows in embedding and head the mean of all others.
+
+        Args:
+            special: control tokens, which text never becomes; otherwise words that are always one id.
+
+        Raises:
+            UsageError: a token that exists already.
+        """
+        tokenizer = self.tokenizer.with_tokens(tokens, special=special)
+        rows = max(self.model.config.vocab_size, tokenizer.vocab_size)
+        return replace(self, model=resize_embeddings(self.model, rows, self.tokenizer.vocab_size), tokenizer=tokenizer)
+
+    def save(self, path: str | Path, dtype: str = "bf16", made_from: Mapping[str, Any] | None = None) -> None:
+        """Write a model directory that transformers, vLLM and llama.cpp's converter open.
+
+        Args:
+            made_from: its lineage; by default that it was saved from this model.
+        """
         with atomic_folder(Path(path)) as folder:
-            lineage = {"format": 1, "parents": [str(self.path)]}
-            save_model(folder, self.model, self.tokenizer, dtype, lineage, self.stop_ids)
+            made_from = made_from or lineage("save", [self.path])
+            save_model(folder, self.model, self.tokenizer, dtype, dict(made_from), self.stop_ids)
 
 
 def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
@@ -87,16 +106,13 @@ def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
     where = choose_device(device)
     found = find_model(path)
     compute = choose_dtype(dtype, where)
-    if (found / ADAPTER).exists():
-        base = load(base_of(found), dtype=dtype, device=device)
-        load_adapter(base.model, found)
-        tokenizer = Tokenizer(found)
-        stops = dict.fromkeys([*tokenizer.stop_ids, *base.stop_ids])
-        return Llama(base.model.eval(), tokenizer, found, list(stops))
-    stored = open_model(found)
+    adapted = (found / ADAPTER).exists()
+    stored = open_model(base_of(found) if adapted else found)
     with ThreadPoolExecutor(1) as side:  # parsing a vocabulary takes as long as the weights, and holds no lock
-        reading = side.submit(stored.read_tokenizer)
+        reading = side.submit(tokenizer_of, found, stored)
         model = stored.load(compute, where)
+    if adapted:
+        load_adapter(model, found)
     tokenizer = reading.result()
     stops = dict.fromkeys([*tokenizer.stop_ids, *stored.stop_ids])
-    return Llama(model, tokenizer, found, list(stops))
+    return Llama(model.eval(), tokenizer, found, list(stops))

@@ -8,9 +8,9 @@ from puna.config import RecipeConfig, UserPath
 from puna.data.documents import Document, SourceConfig, read_documents, split_documents
 from puna.data.shards import ShardWriter, write_index
 from puna.errors import DataError
-from puna.files import atomic_folder, write_json
+from puna.files import atomic_folder
+from puna.lineage import lineage, write_lineage
 from puna.log import Progress, log
-from puna.run_folder import lineage
 from puna.tokenizer.tokenizer import Tokenizer
 
 
@@ -40,7 +40,8 @@ def main(config: Config) -> Path:
             raise DataError("the sources hold no training text", where=config.sources.path or config.sources.packages)
         (folder / "tokenizer").mkdir()
         tokenizer.save(folder / "tokenizer")
-        write_json(folder / "puna.json", lineage(config))
+        made_of = {"config": config.model_dump(mode="json"), "data": index["fingerprint"]}
+        write_lineage(folder, lineage("data", [config.tokenizer], **made_of))
     for split, entry in index["splits"].items():
         ratio = entry["bytes"] / max(1, entry["tokens"])
         log.info(

@@ -22,12 +22,13 @@ from puna.errors import UsageError
 from puna.eval.perplexity import bits_per_byte
 from puna.files import atomic_folder, write_json
 from puna.infer.generate import generate
+from puna.lineage import lineage
 from puna.log import clock, harmless, log
 from puna.model.config import count_parameters
 from puna.model.init import build_model, init_weights, materialize
 from puna.model.presets import ModelChoice, ModelSpec, resolve_model
 from puna.model.transformer import Transformer
-from puna.run_folder import Run, lineage
+from puna.run_folder import Run
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.budget import steps_within
 from puna.train.compile import compile_blocks
@@ -84,7 +85,8 @@ def main(config: Config) -> Path:
         model = _model(config, tokenizer, device)
         training = config.train.model_copy(update={"optimizer": with_rate(config.train.optimizer, model.config.dim)})
         evaluate = partial(_evaluate, run=run, config=config, valid=valid, tokenizer=tokenizer)
-        made_from = lineage(config, data=train.fingerprint)
+        asked = config.model_dump(mode="json")
+        made_from = lineage("pretrain", [config.data], config=asked, data=train.fingerprint)
         save = partial(save_model, model=model, tokenizer=tokenizer, save_dtype=config.save_dtype, lineage=made_from)
         plan: dict[str, Any] = {"steps": config.steps}
         if config.seconds:

@@ -26,10 +26,11 @@ from puna.eval.tasks import TaskConfig, check_tasks, compare, evaluate_tasks
 from puna.files import atomic_folder, write_json
 from puna.infer.llama import Llama, load
 from puna.infer.rehearsal import rehearsal
+from puna.lineage import lineage, parent
 from puna.log import clock, harmless, log
 from puna.lora import LoraConfig, add_lora, lora_parameters
 from puna.ranks import rank
-from puna.run_folder import Run, lineage
+from puna.run_folder import Run
 from puna.tokenizer.chat import ChatFormat, Encoded, Train, has_template
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.compile import compile_blocks
@@ -113,7 +114,8 @@ def main(config: Config) -> Path:
         log.info("%s, %d held out", what, len(valid))
         named = {"valid_loss": valid, "watched_loss": watched}
         held_out = {name: packed(rows, seed=0) for name, rows in named.items() if rows}
-        made_from = lineage(config, data=batches.fingerprint, parents=[config.model])
+        parents, asked = [parent(config.model, base.path)], config.model_dump(mode="json")
+        made_from = lineage("sft", parents, config=asked, data=batches.fingerprint)
         save: Any = partial(save_model, model=llama.model, save_dtype=config.save_dtype, tokenizer=tokenizer)
         save = partial(save, stop_ids=llama.stop_ids)
         if config.lora:

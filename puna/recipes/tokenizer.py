@@ -7,9 +7,9 @@ from typing import Literal
 from puna.config import RecipeConfig, UserPath
 from puna.data.documents import SourceConfig, read_documents, split_documents
 from puna.errors import DataError
-from puna.files import atomic_folder, write_json
+from puna.files import atomic_folder
+from puna.lineage import lineage, write_lineage
 from puna.log import Progress, log
-from puna.run_folder import lineage
 from puna.tokenizer.bpe import save_bpe, train_bpe
 from puna.tokenizer.spm import save_spm, train_spm
 from puna.tokenizer.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ def main(config: Config) -> Path:
                 save_bpe(train_bpe(texts, config.vocab_size), folder)
             else:
                 save_spm(train_spm(texts, config.vocab_size), folder)
-        write_json(folder / "puna.json", lineage(config))
+        write_lineage(folder, lineage("tokenizer", config=config.model_dump(mode="json")))
     tokenizer = Tokenizer(config.output)
     log.info("tokenizer: %d ids in %s", tokenizer.vocab_size, config.output)
     return config.output

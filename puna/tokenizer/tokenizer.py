@@ -5,14 +5,19 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
-from puna.errors import DataError
-from puna.files import write_json
+from puna.errors import DataError, UsageError
+from puna.tokenizer.checks import MAX_BYTES, engine_errors, parse
+from puna.tokenizer.decoding import Spelling, Stream
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
 """What makes a tokenizer inside a model directory; the last two where the family has them."""
+_AS_WRITTEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+_PAIRS = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"))
+"""BOS and EOS of Llama 3, and of Llama 1 and 2, for a tokenizer.json without its config."""
 _STOPS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
 
@@ -24,12 +29,32 @@ class Tokenizer:
         self.where = source if isinstance(source, Path) else "tokenizer"
         self.files = _read_files(source) if isinstance(source, Path) else dict(source)
         raw = self.files["tokenizer.json"]
-        try:
+        parsed = parse(raw, self.where)
+        with engine_errors("tokenizer.json cannot be read", self.where):
             self._engine = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
-            self._config = json.loads(self.files["tokenizer_config.json"])
-        except Exception as error:
-            raise DataError(f"tokenizer.json or its config cannot be read: {error}", where=self.where) from None
+            self._engine.no_truncation()  # some files carry what their last user had set
+            self._engine.no_padding()
+        if moved := [t["content"] for t in parsed["added_tokens"] if self._engine.token_to_id(t["content"]) != t["id"]]:
+            # The engine numbers added tokens itself, whatever the file says.
+            raise DataError(f"tokenizer.json has gaps before the ids of {moved[:3]}", where=self.where)
+        if "tokenizer_config.json" not in self.files:
+            self.files["tokenizer_config.json"] = self._guessed_config()
+        with engine_errors("tokenizer_config.json cannot be read", self.where):
+            self._config = dict(json.loads(self.files["tokenizer_config.json"]))
+        if template := _template(self._config.get("chat_template")):
+            self.files.setdefault("chat_template.jinja", template.encode())
+        self._spelling = Spelling(self._engine, parsed.get("decoder"), self.where)
         self.fingerprint = "sha256:" + hashlib.sha256(raw).hexdigest()
+
+    @property
+    def parsed(self) -> dict[str, Any]:
+        """tokenizer.json as JSON, for those who convert it; read anew at every call, for it is large."""
+        return parse(self.files["tokenizer.json"], self.where)
+
+    @property
+    def pre_tokenizer(self) -> Any:
+        """The engine's step that splits text, in its own canonical form."""
+        return self._engine.pre_tokenizer
 
     @cached_property
     def vocab_size(self) -> int:
@@ -52,12 +77,15 @@ class Tokenizer:
     @cached_property
     def stop_ids(self) -> list[int]:
         """Ids after which generation ends: end of text, of turn and of message, where the family has them."""
-        return list(dict.fromkeys([self.eos_id, *(self.special_tokens[s] for s in _STOPS if s in self.special_tokens)]))
+        named = [self.named_token(key) for key in ("eot_token", "eom_token")]  # as some GGUF files have them
+        stops = [self.special_tokens[s] for s in (*named, *_STOPS) if s in self.special_tokens]
+        eos = self._find("eos_token")
+        return list(dict.fromkeys([*([] if eos is None else [eos]), *stops]))
 
     @cached_property
     def adds_bos(self) -> bool:
         """Whether a prompt starts with BOS, as the tokenizer's own post-processor says."""
-        return self._engine.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+        return self._engine.encode("", add_special_tokens=True).ids[:1] == [self._find("bos_token")]
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text` alone, no BOS or EOS. `special` lets control strings in the text become control ids."""
@@ -65,13 +93,24 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """`encode` for many texts on all cores."""
-        # Not kept in tokenizer.json, so it is set at every call.
-        self._engine.encode_special_tokens = not special
-        return [e.ids for e in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with engine_errors("this text cannot be encoded", self.where):
+            # Not kept in tokenizer.json, so it is set at every call.
+            self._engine.encode_special_tokens = not special
+            return [e.ids for e in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of `ids`; control ids are left out unless `special`. Broken UTF-8 becomes U+FFFD."""
-        return self._engine.decode(list(ids), skip_special_tokens=not special)
+        return self.decode_bytes(ids, special=special).decode("utf-8", self._spelling.errors)
+
+    def decode_bytes(self, ids: Sequence[int], *, special: bool = False) -> bytes:
+        """What `ids` stand for before it is read as UTF-8: nothing is lost."""
+        stream = self.stream(special=special)
+        return b"".join(stream.feed_bytes(i) for i in ids)
+
+    def stream(self, *, special: bool = False) -> Stream:
+        """Decode id by id: what `feed(id)` and at last `end()` return is in all `decode` of the ids, and no piece of
+        it ends inside a character."""
+        return Stream(self._spelling, special)
 
     def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """The text that `ids` add to `before`: a leading space, or half a character, depends on what stands there."""
@@ -82,35 +121,87 @@ class Tokenizer:
         """The vocabulary's own spelling of one id."""
         return self._engine.id_to_token(id) or ""
 
+    def piece(self, id: int) -> str:
+        """What one id says inside a text: with its space, U+FFFD for a part of a character."""
+        return self._spelling.of(id, True).decode("utf-8", self._spelling.errors)
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files, byte for byte."""
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
 
-    @staticmethod
-    def write_config(folder: Path, **named: str) -> None:
-        """tokenizer_config.json as transformers reads it: bos_token, eos_token and so on."""
-        extra = {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named, **extra})
+    def with_tokens(self, tokens: Sequence[str], *, special: bool = True) -> "Tokenizer":
+        """A tokenizer with more tokens, their ids at the end and no other id moved.
+
+        Args:
+            special: control tokens, which text never becomes; otherwise words that are always one id.
+
+        Raises:
+            UsageError: a token that exists, or twice the same. DataError: gaps between the ids, or a control token
+                that is an ordinary word.
+        """
+        if known := [t for t in tokens if not t or self._engine.token_to_id(t) is not None or tokens.count(t) > 1]:
+            raise UsageError(f"cannot be added: {known}", cause="it exists already", fix="other names")
+        grown = self.parsed
+        grown["added_tokens"] += [
+            {"id": self.vocab_size + i, "content": token, "special": special, **_AS_WRITTEN}
+            for i, token in enumerate(tokens)
+        ]
+        raw = json.dumps(grown, indent=2, ensure_ascii=False).encode()
+        return Tokenizer({**self.files, "tokenizer.json": raw})
 
     def named_token(self, key: str) -> str | None:
         """The spelling of bos_token, eos_token, pad_token or unk_token, if there is one."""
         token = self._config.get(key)
         return token["content"] if isinstance(token, dict) else token
 
+    def _guessed_config(self) -> bytes:
+        pair = next((p for p in _PAIRS if set(p) <= set(self.special_tokens)), ())
+        return tokenizer_config(**dict(zip(("bos_token", "eos_token"), pair, strict=False)))
+
     def _named(self, key: str) -> int:
-        text = self.named_token(key)
-        found = self._engine.token_to_id(text) if text else None
+        found = self._find(key)
         if found is None:
-            raise DataError(f"{key} is {text!r}, which has no id", where=self.where)
+            raise DataError(f"{key} is {self.named_token(key)!r}, which has no id", where=self.where)
         return found
+
+    def _find(self, key: str) -> int | None:
+        text = self.named_token(key)
+        return self._engine.token_to_id(text) if text else None
+
+
+def tokenizer_config(**named: str) -> bytes:
+    """tokenizer_config.json as transformers reads it: bos_token, eos_token and so on."""
+    extra = {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **named, **extra}
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _template(given: Any) -> str | None:
+    """The template inside a tokenizer_config.json, as written before chat_template.jinja; one, or several by name."""
+    if isinstance(given, list):
+        given = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}.get("default")
+    return given if isinstance(given, str) and given else None
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:
-    missing = [name for name in FILES[:2] if not (folder / name).is_file()]
-    if missing:
+    if not (folder / FILES[0]).is_file():
         raise DataError(
-            f"no {missing[0]}", where=folder, cause="not a tokenizer or model folder",
+            f"no {FILES[0]}", where=folder, cause="not a tokenizer or model folder",
             fix="puna run tokenizer sources.path=TEXTS output=FOLDER",
         )  # fmt: skip
-    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    return {name: read_file(folder / name) for name in FILES if (folder / name).is_file()}
+
+
+def read_file(path: Path) -> bytes:
+    """A tokenizer's file, unless it is beyond all measure.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"has {path.stat().st_size / 1e6:,.0f} MB", where=path, cause="not a tokenizer")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=path) from None

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from puna.config import read_yaml
+from puna.lineage import parents_of
 from puna.log import Metrics, clock
 from puna.report import Curves, Facts, Report, Samples, Section, Series, Table, write_report
 from puna.run_folder import environment
@@ -131,7 +132,7 @@ def _predicted(given: dict[str, Any], trained: list[dict[str, Any]], result: dic
 def _lineage(folder: Path) -> dict[str, Any]:
     """From the puna.json of what the run wrote."""
     made = _json(folder / "final" / "puna.json")
-    parents = ", ".join(made.get("parents", [])) or "nothing: new weights"
+    parents = ", ".join(p["path"] for p in parents_of(made)) or "nothing"
     return {"parents": parents, "data": made.get("data"), "tokenizer": made.get("tokenizer"), "puna": made.get("puna")}
 
 

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from puna.checkpoint.gguf import open_gguf
+from puna.errors import CheckpointError
 
 Values = Mapping[str, Any]
 Weights = Mapping[str, Tensor]
+_LENGTHS = ("low_freq_factor", "high_freq_factor", "original_context_length")
 _GGUF = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -101,6 +103,8 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "rms_norm_eps": float(f"{found['attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-5, not its nearest fp32
         "tie_word_embeddings": "output.weight" not in file.names(),
     }
+    if "rope_freqs.weight" in file.names():
+        values["rope_scaling"] = _scaling(values, torch.from_numpy(file.read("rope_freqs.weight")), found)
     names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
     names["output.weight"] = "lm_head.weight"
     for name in file.names():
@@ -110,23 +114,47 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return values, {names[n]: torch.from_numpy(file.read(n)) for n in file.names() if n in names}
 
 
+def _scaling(values: Values, divisors: Tensor, found: Values) -> dict[str, Any] | None:
+    """The llama3 scaling that divides by `divisors`, or None; its lengths are Llama 3.1's or told by `found`."""
+    turns = _turns(values["rope_theta"], 2 * len(divisors))
+    own = [found.get(f"rope.scaling.{key}") for key in _LENGTHS]
+    for low, high, old in ((1.0, 4.0, 8192), own):
+        if not (low and high and old):
+            continue
+        for factor in (1.0, 8.0, 32.0, divisors.max().item()):
+            rope = {
+                "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+                "original_max_position_embeddings": old,
+            }  # fmt: skip
+            if torch.allclose(_stretched(turns, rope), turns / divisors, rtol=1e-4, atol=0):
+                return rope if factor != 1 else None
+    raise CheckpointError("rope_freqs.weight is not Llama 3.1's scaling")
+
+
 def _tables(values: Values, size: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin (T, size / 2); fp32 as every reader of these weights has them: other digits are another model."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = values.get("rope_theta") or rope.get("rope_theta") or 10000.0
-    turns = 1.0 / theta ** (torch.arange(0, size, 2).float() / size)
+    turns = _turns(values.get("rope_theta") or rope.get("rope_theta") or 10000.0, size)
     if rope.get("rope_type", rope.get("type")) == "llama3":
-        low, high, old = (rope[k] for k in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-        scaled = []
-        for turn in turns:
-            wave = 2 * math.pi / turn
-            if wave < old / high:
-                scaled.append(turn)
-            elif wave > old / low:
-                scaled.append(turn / rope["factor"])
-            else:
-                smooth = (old / wave - low) / (high - low)
-                scaled.append((1 - smooth) * turn / rope["factor"] + smooth * turn)
-        turns = torch.stack(scaled)
+        turns = _stretched(turns, rope)
     angles = torch.arange(length).float()[:, None] * turns
     return angles.cos().to(device), angles.sin().to(device)
+
+
+def _turns(theta: float, size: int) -> Tensor:
+    return 1.0 / theta ** (torch.arange(0, size, 2).float() / size)
+
+
+def _stretched(turns: Tensor, rope: Values) -> Tensor:
+    low, high, old = (rope[k] for k in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+    scaled = []
+    for turn in turns:
+        wave = 2 * math.pi / turn
+        if wave < old / high:
+            scaled.append(turn)
+        elif wave > old / low:
+            scaled.append(turn / rope["factor"])
+        else:
+            smooth = (old / wave - low) / (high - low)
+            scaled.append((1 - smooth) * turn / rope["factor"] + smooth * turn)
+    return torch.stack(scaled)

@@ -1,0 +1,109 @@
+"""From any format to any other: a reader, a writer, and what can be wrong found before the first byte."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import get_args
+
+from puna.checkpoint.gguf_blocks import LAYOUTS
+from puna.checkpoint.gguf_model import gguf_name
+from puna.checkpoint.gguf_types import file_type, storage
+from puna.checkpoint.gguf_write import write_gguf
+from puna.checkpoint.meta_write import check_shards, write_meta
+from puna.checkpoint.model_directory import write_model_directory
+from puna.checkpoint.names import DTYPES
+from puna.checkpoint.registry import open_model
+from puna.checkpoint.stored import Format, Stored, expected_shapes
+from puna.config import nearest
+from puna.errors import UsageError
+from puna.files import atomic_file, atomic_folder, require_space
+from puna.lineage import lineage
+from puna.log import Progress
+
+_OPTIONS = {"hf": {"dtype"}, "meta": {"dtype", "shards"}, "gguf": {"kind"}, "llama2.c": {"version"}}
+
+
+def convert(
+    source: str | Path, target: str | Path, to: str | None = None, *, dtype: str | None = None,
+    kind: str | None = None, shards: int | None = None,
+) -> Path:  # fmt: skip
+    """Write the model `source`, of any format, as `target`: whole, or not at all. Returns `target`.
+
+    Args:
+        to: hf, meta or gguf; guessed where `target` is called *.gguf.
+        dtype: fp32, bf16, fp16 or fp64, of hf and meta; default: as stored, or bf16 for a quantized model.
+        kind: of gguf: F32, F16, BF16, Q8_0, Q4_0 or Q4_K_M; default: F16.
+        shards: how many files Meta's layout has; default: 1.
+
+    Raises:
+        UsageError: `target` exists, or something is asked for that the format does not have.
+        CheckpointError: no model, a damaged one, or an adapter, which is to be merged first.
+        ResourceError: the disk has no room for it.
+    """
+    target = Path(target).expanduser()
+    format = _format(to, target)
+    _check_options(format, {"dtype": dtype, "kind": kind, "shards": shards})
+    if target.exists():
+        raise UsageError("exists already", where=target, fix="another name, or remove that one first")
+    stored = open_model(source)
+    stored.check()
+    if format == "meta":
+        check_shards(stored.config, shards or 1)
+    type_of_file = file_type(kind or "F16")
+    require_space(_existing(target), _size(stored, format, dtype, type_of_file))
+    made_from = lineage("convert", [stored.path], source=stored.format, target=format)
+    with (atomic_file if format == "gguf" else atomic_folder)(target) as place, _telling(stored) as progress:
+        if format == "gguf":
+            write_gguf(stored, place, type_of_file, made_from, progress)
+        elif format == "meta":
+            write_meta(stored, place, shards or 1, dtype, made_from, progress)
+        else:
+            write_model_directory(stored, place, dtype, made_from, progress)
+    return target
+
+
+def _format(to: str | None, target: Path) -> Format:
+    if to is None and target.suffix == ".gguf":
+        return "gguf"
+    known = get_args(Format)
+    if to is None:
+        raise UsageError("which format?", where=target, fix=" or ".join(f"--to {name}" for name in known))
+    if to not in known:
+        raise UsageError(f"no format `{to}`{nearest(to, list(known))}", where="--to", fix=", ".join(known))
+    return next(name for name in known if name == to)
+
+
+def _check_options(format: Format, given: dict[str, str | int | None]) -> None:
+    for name, value in given.items():
+        if value is not None and name not in _OPTIONS[format]:
+            fix = ", ".join(f"--{option}" for option in sorted(_OPTIONS[format]))
+            raise UsageError(f"--{name} means nothing for {format}", where=f"--{name} {value}", fix=fix)
+    if (dtype := given["dtype"]) is not None and dtype not in DTYPES:
+        raise UsageError(f"`{dtype}` is not a dtype", where="--dtype", fix=", ".join(DTYPES))
+
+
+def _size(stored: Stored, format: Format, dtype: str | None, type_of_file: str) -> int:
+    """Bytes of the weights as they will be written."""
+    total = 0.0
+    for name, shape in expected_shapes(stored.config).items():
+        if format == "gguf":
+            layout = LAYOUTS[storage(gguf_name(name), shape, type_of_file, stored.config)]
+            total += prod(shape) / layout.weights * layout.size
+        else:
+            width = DTYPES[dtype].itemsize if dtype else 2 if stored.quantized else stored.weights[name].dtype.itemsize
+            total += prod(shape) * width
+    return int(total)
+
+
+def _existing(target: Path) -> Path:
+    """The nearest folder above `target` that is there."""
+    return next(folder for folder in target.absolute().parents if folder.is_dir())
+
+
+@contextmanager
+def _telling(stored: Stored) -> Iterator[Callable[[str], None]]:
+    """Something to call with the name of each tensor that is done."""
+    total = len(expected_shapes(stored.config))
+    with Progress("converting", total) as bar:
+        yield lambda name: bar.update(min(bar.done + 1, total), name)

@@ -1,0 +1,201 @@
+"""What lies at a path, told from headers and small files: no weight is read."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from puna.checkpoint.adapter import CONFIG as ADAPTER
+from puna.checkpoint.adapter import WEIGHTS, adapter_config, base_of
+from puna.checkpoint.registry import as_path, find_model, open_model
+from puna.checkpoint.stored import Stored
+from puna.errors import CheckpointError, DataError, PunaError
+from puna.files import MANIFEST, read_manifest
+from puna.lineage import fingerprint, parents_of, read_lineage
+from puna.model.config import ModelConfig, count_parameters
+from puna.model.presets import PRESETS
+from puna.tokenizer.chat import BUNDLED, bundled
+from puna.tokenizer.tokenizer import Tokenizer
+
+_DEEP = 20  # links of a lineage that are followed
+_NEAR = 4  # values by which a model may differ from a preset and still be likened to it
+_TEMPLATE_LINES, _TEMPLATE_WIDTH = 3, 64
+
+
+def inspect(name: str | Path) -> dict[str, Any]:
+    """A model of any format, an adapter, a tokenizer, or what a run made of them.
+
+    Raises:
+        CheckpointError: nothing there, or damaged. DataError: token shards.
+    """
+    place = as_path(name)
+    if (place / "index.json").exists():
+        raise DataError("token shards, not a model", where=place, fix=f"puna data stats {place}")
+    if (place / "tokenizer.json").exists() and not any((place / f).exists() for f in ("config.json", ADAPTER)):
+        return {"path": str(place), "format": "tokenizer", **_tokenizer(Tokenizer(place), []), **_around(place)}
+    found = find_model(name)
+    run = {"run": f"{place}; puna runs show {place}"} if (place / "resolved.yaml").exists() else {}
+    told = _adapter(found) if (found / ADAPTER).exists() else _model(open_model(found))
+    return {"path": str(found), **run, **told, **_around(found)}
+
+
+def nearest_presets(config: ModelConfig) -> tuple[list[str], list[str]]:
+    """The presets that share most values with `config`, and what differs: `vocab_size 32,001 (32,000)`."""
+    ours = config.model_dump()
+    different = {n: [k for k, v in preset.model_dump().items() if ours[k] != v] for n, preset in PRESETS.items()}
+    fewest = min(map(len, different.values()))
+    names = [name for name, keys in different.items() if len(keys) == fewest]
+    preset = PRESETS[names[0]].model_dump()
+    names = [name for name in names if PRESETS[name] == PRESETS[names[0]]]
+    return names, [f"{key} {_plain(ours[key])} ({_plain(preset[key])})" for key in different[names[0]]]
+
+
+def lineage_chain(made_from: dict[str, Any], depth: int = 0) -> Iterator[str]:
+    """One line for each ancestor, parents before theirs; whether it is still what it was, if it is on this disk."""
+    for parent in parents_of(made_from) if depth < _DEEP else ():
+        place = next((p for p in (Path(parent["path"]), Path(parent["path"]) / "final") if _made(p)), None)
+        now = "not on this disk"
+        if place or Path(parent["path"]).exists():
+            place = place or Path(parent["path"])
+            known = parent.get("fingerprint")
+            now = "unchanged" if known == fingerprint(place) else "changed since" if known else "not hashed"
+        theirs = read_lineage(place) if place else {}
+        by = f" by {theirs['recipe']}" if isinstance(theirs.get("recipe"), str) else ""
+        yield f"{'  ' * depth}<- {parent['path']}{by}, {now}"
+        yield from lineage_chain(theirs, depth + 1)
+
+
+def _model(stored: Stored) -> dict[str, Any]:
+    config = stored.config
+    head = "tied head" if config.tie_embeddings else "own head"
+    scaling = config.rope_scaling
+    scaled = f", scaled by {scaling.factor:g} beyond {scaling.original_max_seq_len:,}" if scaling else ", not scaled"
+    told: dict[str, Any] = {
+        "format": stored.format,
+        "architecture": _architecture(config),
+        "parameters": count_parameters(config),
+        "shape": f"{config.n_layers} layers of {config.dim}, {config.n_heads} heads of {config.head_dim} "
+        f"({config.n_kv_heads} key/value), feed-forward {config.ffn_dim}, {config.vocab_size:,} ids, {head}",
+        "context": config.max_seq_len,
+        "rope": f"theta {config.rope_theta:,g}{scaled}",
+        "norm eps": config.norm_eps,
+        "config": config.model_dump(),
+        "weights": _storage(stored),
+        "files": [f"{f.name}  {f.stat().st_size / 1e6:,.1f} MB" for f in stored.files if f.exists()],
+    }
+    if problems := stored.problems():
+        told["does not fit its config"] = problems[:10]
+    try:
+        return {**told, **_tokenizer(stored.read_tokenizer(), stored.stop_ids)}
+    except PunaError as error:  # weights alone are worth a look, too
+        return {**told, "tokenizer": f"none: {error.what}"}
+
+
+def _architecture(config: ModelConfig) -> str:
+    names, other = nearest_presets(config)
+    if len(other) > _NEAR:
+        return "a Llama of its own: no preset is near"
+    return f"nearest to {names[0]}, but {', '.join(other)}" if other else " / ".join(names)
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    config = adapter_config(folder)
+    kind = "rs" * config.rslora + ("DoRA" if config.dora else "LoRA")
+    patterns = {"ranks": config.rank_pattern, "alphas": config.alpha_pattern}
+    told = {
+        "format": "adapter",
+        "adapter of": base_of(folder),
+        "kind": f"{kind}, rank {config.rank}, alpha {config.alpha:g}",
+        **{f"other {name}": dict(pattern) for name, pattern in patterns.items() if pattern},
+        "targets": config.targets if isinstance(config.targets, str) else ", ".join(config.targets),
+        **_adapter_weights(folder),
+    }
+    brought = (folder / "tokenizer.json").exists()
+    return {**told, **(_tokenizer(Tokenizer(folder), []) if brought else {"tokenizer": "its base's"})}
+
+
+def _adapter_weights(folder: Path) -> dict[str, Any]:
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, framework="numpy") as file:
+            parts = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+            kinds = Counter(part.get_dtype() for part in parts)
+            count = sum(_product(part.get_shape()) for part in parts)
+    except (OSError, SafetensorError) as error:
+        return {"weights": f"cannot be read: {error}"}
+    size = path.stat().st_size / 1e6
+    return {"parameters": count, "weights": _counted(kinds), "files": [f"{WEIGHTS}  {size:,.1f} MB"]}
+
+
+def _tokenizer(tokenizer: Tokenizer, more_stops: Any) -> dict[str, Any]:
+    control = tokenizer.special_tokens
+    shown = list(control.items())[:8]
+    more = f", and {len(control) - len(shown)} more" if len(control) > len(shown) else ""
+    stops = dict.fromkeys([*tokenizer.stop_ids, *more_stops])
+    return {
+        "tokenizer": f"{tokenizer.vocab_size:,} ids, BOS {tokenizer.bos_id} {tokenizer.token(tokenizer.bos_id)}, "
+        f"EOS {tokenizer.eos_id} {tokenizer.token(tokenizer.eos_id)}, {tokenizer.fingerprint[:19]}",
+        "control": ", ".join(f"{token} {i}" for token, i in shown) + more,
+        "stops": ", ".join(f"{i} {tokenizer.token(i)}" for i in stops),
+        **_template(tokenizer.files.get("chat_template.jinja")),
+    }
+
+
+def _template(raw: bytes | None) -> dict[str, Any]:
+    if raw is None:
+        return {"template": "none: it continues text"}
+    text = raw.decode("utf-8", "replace")
+    name = next((name for name in BUNDLED if bundled(name).strip() == text.strip()), "its own")
+    lines = [line.strip()[:_TEMPLATE_WIDTH] for line in text.splitlines() if line.strip()]
+    digest = "sha256:" + hashlib.sha256(raw).hexdigest()[:12]
+    return {"template": [f"{name}, {len(lines)} lines, {digest}", *lines[:_TEMPLATE_LINES]]}
+
+
+def _around(found: Path) -> dict[str, Any]:
+    """Lineage and manifest of a folder; a single file has neither."""
+    made = read_lineage(found)
+    told: dict[str, Any] = {}
+    if made:
+        code = f", code {str(made['code'])[:12]}" if made.get("code") else ""
+        told["made by"] = f"{made.get('recipe') or made.get('verb') or 'puna'} of puna {made.get('puna', '?')}{code}"
+        told |= {key: str(made[key]) for key in ("data",) if made.get(key)}
+        told["lineage"] = list(lineage_chain(made)) or ["nothing: new weights"]
+    try:
+        count = len(read_manifest(found))
+        told["manifest"] = f"hashes of {count} files, not compared: puna verify {found}"
+    except CheckpointError as error:
+        told["manifest"] = "none" if not (found / MANIFEST).exists() else error.what
+    return told
+
+
+def _storage(stored: Stored) -> str:
+    """Every dtype with its number of tensors."""
+    if stored.format == "gguf" or " x " in stored.storage:
+        return stored.storage
+    names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    kinds = (str(weight.dtype).removeprefix("torch.") for weight in stored.weights.values())
+    return _counted(Counter(names.get(kind, kind) for kind in kinds))
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common())
+
+
+def _made(place: Path) -> bool:
+    return any((place / name).exists() for name in ("puna.json", MANIFEST))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"factor {value['factor']:g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _product(shape: list[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

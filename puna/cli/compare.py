@@ -1,0 +1,59 @@
+"""`puna verify A --against B`: the table, and how it ends."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from puna.cli.output import print_json
+from puna.errors import DataError
+from puna.log import harmless
+
+_WIDTH = 80
+_MARKS = {True: "ok", False: "BAD", None: "--"}
+
+
+def compare(a: str, b: str, as_json: bool, prompts: Path | None, text: Path | None, **options: Any) -> bool:
+    """Compare two models and print what was found; whether they are within the budget."""
+    from puna.eval.parity.verify import verify
+
+    if prompts is not None:
+        options["prompts"] = [line for line in _read(prompts).splitlines() if line.strip()]
+    if text is not None:
+        options["text"] = _read(text)
+    found = verify(a, against=b, **options)
+    print_json(found) if as_json else print("\n".join(_table(found)))
+    return found["ok"]
+
+
+def _table(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for side in ("a", "b"):
+        told = found[side]
+        lines += _wrapped(f"{side.upper()}  ", f"{told['name']}  ({told['format']}, {told['storage']})")
+    lines.append("")
+    width = max(len(row["name"]) for row in found["rows"])
+    for row in found["rows"]:
+        lines += _wrapped(f"{_MARKS[row['ok']]:3}  {row['name']:{width}}  ", row["told"])
+    bad = [row["name"] for row in found["rows"] if row["ok"] is False]
+    verdict = f"they differ: {', '.join(bad)}" if bad else "they say the same"
+    return [*lines, "", *_wrapped("", f"{verdict}, by the budget for {found['budget']['kind']}")]
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    room = _WIDTH - len(head)
+    return textwrap.wrap(harmless(text), _WIDTH, initial_indent=head, subsequent_indent=" " * min(len(head), room))
+
+
+def _read(path: Path) -> str:
+    from puna.config import nearest_path
+
+    path = path.expanduser()
+    if not path.is_file():
+        raise DataError("no such file" + nearest_path(path), where=path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read as UTF-8 text: {error}", where=path) from None
+    if not text.strip():
+        raise DataError("is empty", where=path)
+    return text

@@ -1,0 +1,28 @@
+"""`puna convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command("convert")(convert)
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A model folder (also Meta's), a run folder, or a .gguf file.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder or file to write.")],
+    to: Annotated[str | None, typer.Option(help="hf, meta or gguf; guessed where DST is called *.gguf.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of hf and meta: bf16, fp16, fp32 or fp64. Default: as stored.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Of gguf: F16 (default), BF16, F32, Q8_0, Q4_0 or Q4_K_M.")] = None,
+    shards: Annotated[int | None, typer.Option(help="Of meta: how many files. Default: 1.", min=1)] = None,
+) -> None:
+    """Write a model in another format: puna convert Llama-3.2-1B model.gguf --kind Q8_0"""
+    from puna.checkpoint.convert import convert
+
+    print(convert(source, target, to, dtype=dtype, kind=kind, shards=shards))

@@ -1,0 +1,43 @@
+"""Valid files with bytes changed, by hypothesis: some hundred by default, for PUNA_TEST_FUZZ seconds if that is set."""
+
+import os
+import struct
+import time
+from collections.abc import Callable
+
+import hypothesis
+from hypothesis import HealthCheck
+from hypothesis import strategies as st
+
+_NUMBERS = [0, 1, 2, 3, 7, 8, 9, 12, 31, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 61, (1 << 64) - 1]
+
+
+def damaged(raw: bytes, header: int) -> st.SearchStrategy[bytes]:
+    """`raw` with up to four changes in its first `header` bytes (a byte, or a number of 4 or 8), and perhaps cut."""
+    byte = st.integers(0, 255).map(lambda value: bytes([value]))
+    small = st.sampled_from(_NUMBERS).map(lambda value: struct.pack("<I", value & 0xFFFFFFFF))
+    large = st.sampled_from(_NUMBERS).map(lambda value: struct.pack("<Q", value))
+    change = st.tuples(st.integers(0, header - 1), st.one_of(byte, small, large))
+    cut = st.one_of(st.just(len(raw)), st.integers(0, len(raw)))
+    return st.builds(_change, st.just(raw), st.lists(change, max_size=4), cut)
+
+
+def _change(raw: bytes, changes: list[tuple[int, bytes]], cut: int) -> bytes:
+    content = bytearray(raw)
+    for at, new in changes:
+        content[at : at + len(new)] = new
+    return bytes(content[:cut])
+
+
+def fuzz(check: Callable[[bytes], None], files: st.SearchStrategy[bytes]) -> None:
+    """Let `check` see mutated files; it lets only our errors pass."""
+    seconds = float(os.environ.get("PUNA_TEST_FUZZ", "0"))
+    settings = hypothesis.settings(
+        max_examples=1000 if seconds else 150, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        derandomize=not seconds,
+    )  # fmt: skip
+    end, run = time.monotonic() + seconds, 0
+    while run == 0 or time.monotonic() < end:
+        one = settings(hypothesis.given(files)(check))
+        (hypothesis.seed(run)(one) if seconds else one)()
+        run += 1

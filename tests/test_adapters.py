@@ -1,0 +1,218 @@
+"""Every kind of adapter against PEFT: rsLoRA, DoRA, ranks by layer, patterns; and torchtune's row order."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from test_lora import GQA, rows
+from test_model import build, reference
+from torch import Tensor
+
+from puna.checkpoint.adapter import load_adapter, save_adapter
+from puna.checkpoint.rope_layout import to_neighbours
+from puna.checkpoint.torchtune import from_torchtune, to_torchtune
+from puna.data.packing import PackedLoader
+from puna.errors import CheckpointError, UsageError
+from puna.lora import LoraConfig, add_lora, lora_layers, lora_parameters, merge_lora
+from puna.model.transformer import Transformer
+from puna.ops.cross_entropy import IGNORE
+from puna.tokenizer.tokenizer import Tokenizer
+from puna.train.fit import build_optimizer, train_step
+from puna.train.objectives import next_token
+from puna.train.optim import OptimizerConfig
+
+TOKENS = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(1))
+KINDS: dict[str, dict[str, Any]] = {
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "both": {"rslora": True, "dora": True, "targets": ["q_proj", "k_proj", "down_proj"]},
+    "ranks": {
+        "rank_pattern": {"q_proj": 2, r"layers\.[0-9]+\.mlp\.down_proj": 7, "^model.layers.1.mlp.(up|gate)_proj": 5},
+        "alpha_pattern": {"layers.1.self_attn.v_proj": 3.5, ".*.o_proj": 40},
+        "rslora": True,
+    },
+    "pattern": {"targets": r"model\.layers\.[01]\.(mlp|self_attn)\.(up|q)_proj", "dora": True},
+    "all": {"targets": "all-linear"},
+}
+
+
+def adapted(config: LoraConfig, seed: int = 3) -> Transformer:
+    """A model with adapters that do something: B is not zero, magnitudes are not the rows' lengths."""
+    model = build(GQA, torch.float64)
+    add_lora(model, config, seed=seed, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in lora_parameters(model).items():
+        noise = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = parameter.data + noise if "lora_A" not in name else parameter.data
+    return model
+
+
+def config_of(kind: str, **more: Any) -> LoraConfig:
+    return LoraConfig(rank=4, alpha=12, **KINDS[kind], **more)
+
+
+def pefts(config: LoraConfig) -> peft.PeftModel:
+    """The same adapters by PEFT on transformers' model, with its own random values."""
+    return peft.get_peft_model(
+        reference(build(GQA, torch.float64)),
+        peft.LoraConfig(
+            r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, use_rslora=config.rslora,
+            use_dora=config.dora, rank_pattern=dict(config.rank_pattern), alpha_pattern=dict(config.alpha_pattern),
+            task_type="CAUSAL_LM", init_lora_weights=False,
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_travels_both_ways(kind: str, exact_norm: None, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """PEFT's directory gives its logits here and ours in PEFT; a wrong scale, norm or pattern moves all of them."""
+    config = config_of(kind)
+    theirs = pefts(config).eval()
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    model = build(GQA, torch.float64)
+    loaded = load_adapter(model, tmp_path / "theirs", torch.float64)
+    assert (model.eval()(TOKENS) - theirs(TOKENS).logits).abs().max() < 1e-9
+    for _, layer in sorted(lora_layers(model).items()):
+        layer.lora_A.weight.data *= 1.5  # ours from here on
+    expected = model(TOKENS)
+    (tmp_path / "ours").mkdir()
+    save_adapter(tmp_path / "ours", model, loaded, Tokenizer(tokenizer_folder), "base", {})
+    again = peft.PeftModel.from_pretrained(reference(build(GQA, torch.float64)), str(tmp_path / "ours"))
+    assert (again(TOKENS).logits - expected).abs().max() < 1e-9
+    merge_lora(model)
+    assert (model(TOKENS) - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora", "ranks"])
+def test_training_steps_equal_pefts(kind: str, exact_norm: None) -> None:
+    """A norm that is not detached, or a magnitude that is not trained, is another algorithm with a falling loss."""
+    config = config_of(kind)
+    model, theirs = adapted(config), pefts(config)
+    named = {n.replace(".default", "").removeprefix("base_model.model.model."): p for n, p in theirs.named_parameters()}
+    named = {n.replace("magnitude_vector.weight", "magnitude_vector"): p for n, p in named.items()}
+    ours = lora_parameters(model)
+    assert set(ours) == {n for n in named if ".lora_" in n}
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            named[name].copy_(parameter)
+    settings = OptimizerConfig(lr=1e-2, weight_decay=0.0)
+    optimizer = build_optimizer(model, settings)
+    their_optimizer = torch.optim.AdamW(
+        [p for p in theirs.parameters() if p.requires_grad], lr=1e-2, betas=settings.betas, weight_decay=0
+    )
+    loader = PackedLoader(rows(), 16, 2, pad_id=0, seed=0)
+    for _ in range(5):
+        batch = loader.batch([[i] for i in range(4)])
+        row = train_step(model, optimizer, [batch], next_token, 1e-2, 0, lambda loss, norm: True)
+        logits = theirs(batch.tokens).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE)
+        loss.backward()
+        their_optimizer.step()
+        their_optimizer.zero_grad()
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-9)
+    for name, parameter in ours.items():
+        assert (named[name] - parameter).abs().max() < 1e-9, name
+
+
+def test_dropout_under_dora_is_pefts(exact_norm: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchtune drops the adapter's input alone, PEFT and the official code also what DoRA adds to W x."""
+    monkeypatch.setattr(F, "dropout", lambda x, p, training=True, inplace=False: x * torch.linspace(0, 2, x.shape[-1]))
+    config = config_of("dora", dropout=0.5)
+    model, theirs = adapted(config).train(), pefts(config).train()
+    for name, layer in lora_layers(model).items():
+        other = theirs.base_model.model.get_submodule(f"model.{name}")
+        other.lora_dropout["default"] = torch.nn.Dropout(0.5)
+        with torch.no_grad():
+            other.lora_A["default"].weight.copy_(layer.lora_A.weight)
+            other.lora_B["default"].weight.copy_(layer.lora_B.weight)
+            other.lora_magnitude_vector["default"].weight.copy_(layer.lora_magnitude_vector)
+    assert (model(TOKENS) - theirs(TOKENS).logits).abs().max() < 1e-9
+
+
+def test_dora_changes_nothing_before_the_first_step() -> None:
+    """Magnitudes that are made before the weights are loaded, and rows of zeros, whose direction is 0 / 0."""
+    plain, model = build(GQA, torch.float64), build(GQA, torch.float64)
+    for each in (plain, model):
+        each.layers[0].mlp.up_proj.weight.data[3] = 0
+    add_lora(model, config_of("dora"), dtype=torch.float64)
+    assert (plain(TOKENS) - model(TOKENS)).abs().max() < 1e-12
+
+
+def test_patterns_that_name_nothing_or_never_end() -> None:
+    """An adapter on no layer trains nothing; a pattern in a downloaded config must not hang whoever reads it."""
+    for targets in ("mlp", "(x+x+)+y", "[", ["q_prj"]):
+        with pytest.raises(UsageError, match="lora"):
+            add_lora(build(GQA), LoraConfig(targets=targets))
+
+
+def neighbours_logits(model: Transformer, tokens: Tensor) -> Tensor:
+    """Logits with RoPE as Meta and torchtune turn it: elements 2i and 2i + 1 of a head as one complex number."""
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.complex(cos.to(x.dtype), sin.to(x.dtype))).flatten(-2)
+
+    import puna.model.transformer as place
+
+    kept, place.apply_rope = place.apply_rope, turned
+    try:
+        return model(tokens)
+    finally:
+        place.apply_rope = kept
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora"])
+def test_torchtunes_adapters_keep_their_logits(kind: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """An adapter in Meta's row order on a base in Meta's row order says what ours says on ours, magnitude and all."""
+    config = config_of(kind)
+    model = adapted(config).eval()
+    expected = model(TOKENS)
+    ours = {n: p.detach().clone() for n, p in lora_parameters(model).items()}
+    theirs = to_torchtune(ours, GQA.head_dim)
+    assert "layers.1.attn.q_proj.lora_a.weight" in theirs
+    assert "layers.1.mlp.w2.lora_b.weight" in theirs
+    assert all(torch.equal(ours[n], t) for n, t in from_torchtune(theirs, GQA.head_dim).items())
+    # their model: base rows and adapter rows as Meta orders them, computed as Meta computes them
+    meta = adapted(config).eval()
+    layers = {name: layer for name, layer in lora_layers(meta).items() if re.search("[qk]_proj$", name)}
+    for name, layer in layers.items():
+        part = name.replace("self_attn", "attn")
+        layer.base.weight.data = to_neighbours(layer.base.weight.data, GQA.head_dim)
+        layer.lora_B.weight.data = theirs[f"{part}.lora_b.weight"]
+        if config.dora:
+            layer.lora_magnitude_vector.data = theirs[f"{part}.magnitude"]
+    assert (neighbours_logits(meta, TOKENS) - expected).abs().max() < 1e-9
+    # and their file opened here
+    save_adapter(tmp_path, model, config, Tokenizer(tokenizer_folder), "base", {})
+    save_file(theirs, tmp_path / "adapter_model.safetensors")
+    again = build(GQA, torch.float64)
+    load_adapter(again, tmp_path, torch.float64)
+    assert (again.eval()(TOKENS) - expected).abs().max() < 1e-9
+
+
+def test_meta_rows_are_checked_by_themselves() -> None:
+    """The oracle of the test above must itself notice rows in the wrong order."""
+    model = build(GQA, torch.float64)
+    assert (neighbours_logits(model, TOKENS) - model(TOKENS)).abs().max() > 1e-2
+
+
+def test_a_pickled_adapter_is_refused_with_a_way_out(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """What an old PEFT left: reading it can run code, so a converter is named instead of "no such file"."""
+    model = adapted(config_of("all"))
+    save_adapter(tmp_path, model, config_of("all"), Tokenizer(tokenizer_folder), "base", {})
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == [
+        f"model.{name}" for name in lora_layers(model)
+    ]
+    weights = tmp_path / "adapter_model.safetensors"
+    torch.save(load_file(weights), tmp_path / "adapter_model.bin")
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="pickle") as caught:
+        load_adapter(build(GQA), tmp_path)
+    assert "weights_only=True" in caught.value.fix

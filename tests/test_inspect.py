@@ -1,0 +1,153 @@
+"""`puna inspect`: what is told of models, adapters and tokenizers, without a weight being read."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import puna_forked
+from safetensors.torch import load_file, save_file
+from test_lora import GQA, LORA, adapted
+from test_model import build
+
+import puna
+from puna.checkpoint import inspect as inspect_module
+from puna.checkpoint.adapter import save_adapter
+from puna.checkpoint.inspect import inspect, nearest_presets
+from puna.checkpoint.registry import open_model
+from puna.checkpoint.stored import Stored
+from puna.errors import DataError
+from puna.infer.llama import Llama
+from puna.lineage import lineage, write_lineage
+from puna.model.config import count_parameters
+from puna.model.presets import PRESETS
+from puna.recipes import run
+from puna.tokenizer.chat import bundled
+from puna.tokenizer.tokenizer import Tokenizer
+
+CONFIG = GQA.model_copy(update={"vocab_size": 600, "norm_eps": 1e-5})
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with a chat template."""
+    folder = tmp_path_factory.mktemp("inspect") / "model"
+    files = {**Tokenizer(tokenizer_folder).files, "chat_template.jinja": bundled("llama3").encode()}
+    Llama(build(CONFIG), Tokenizer(files), Path("nowhere"), [7]).save(folder, "bf16")
+    return folder
+
+
+def test_a_model_is_told_without_its_weights(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at 100 GB must not read them."""
+
+    def unread() -> torch.Tensor:
+        raise AssertionError("a weight was read")
+
+    def opened(name: Path) -> Stored:
+        stored = open_model(name)
+        return replace(stored, weights={n: w._replace(read=unread) for n, w in stored.weights.items()})
+
+    monkeypatch.setattr(inspect_module, "open_model", opened)
+    told = inspect(saved)
+    assert told["parameters"] == count_parameters(CONFIG)
+    assert told["config"] == CONFIG.model_dump()
+    assert told["rope"] == "theta 10,000, not scaled"
+    assert told["weights"] == "BF16 x 21"
+    assert told["template"][0].startswith("llama3, ")
+    assert told["stops"].endswith("7 " + Tokenizer(saved).token(7))
+    assert told["manifest"].startswith("hashes of 8 files, not compared")
+    assert told["lineage"] == ["<- nowhere, not on this disk"]
+
+
+def test_every_dtype_is_counted(saved: Path, tmp_path: Path) -> None:
+    """The first tensor's dtype told for all of them: an fp32 model that calls itself bf16."""
+    shutil.copytree(saved, tmp_path / "mixed")
+    tensors = load_file(tmp_path / "mixed/model.safetensors")
+    for number, name in enumerate(sorted(tensors)):
+        tensors[name] = tensors[name].to(torch.float32 if number % 3 else torch.float16)
+    tensors["model.extra.weight"] = torch.ones(3)
+    save_file(tensors, tmp_path / "mixed/model.safetensors", {"format": "pt"})
+    (tmp_path / "mixed/MANIFEST.json").unlink()
+    told = inspect(tmp_path / "mixed")
+    assert told["weights"] == "F32 x 15, F16 x 7"
+    assert told["does not fit its config"] == ["unexpected extra.weight"]
+    assert told["manifest"] == "none"
+
+
+def test_the_nearest_preset() -> None:
+    """`llama` names six architectures; one wrong value among ten is what one looks for."""
+    for name, preset in PRESETS.items():
+        assert name in nearest_presets(preset)[0]
+        assert nearest_presets(preset)[1] == []
+    assert nearest_presets(PRESETS["llama3.3-70b"])[0] == ["llama3.1-70b", "llama3.3-70b"]
+    wrong = PRESETS["llama3.2-1b"].model_copy(
+        update={"rope_scaling": PRESETS["llama3.1-8b"].rope_scaling, "vocab_size": 128264}
+    )
+    assert nearest_presets(wrong) == (
+        ["llama3.2-1b"],
+        ["vocab_size 128,264 (128,256)", "rope_scaling factor 8 (factor 32)"],
+    )
+
+
+def test_an_adapter_is_told(saved: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """What it belongs to, of which kind, and how much of it there is; one without a tokenizer, too, as PEFT writes."""
+    save_adapter(tmp_path, adapted(), LORA.model_copy(update={"rslora": True}), Tokenizer(tokenizer_folder), "base", {})
+    told = inspect(tmp_path)
+    assert told["adapter of"] == "base"
+    assert told["kind"] == "rsLoRA, rank 4, alpha 12"
+    assert told["weights"] == "F64 x 28"
+    assert told["parameters"] == sum(t.numel() for t in load_file(tmp_path / "adapter_model.safetensors").values())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    assert inspect(tmp_path)["tokenizer"] == "its base's"
+
+
+def test_the_chain_of_parents(shards: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Which texts a merged model has seen; a parent that was trained again since is another one; a ring must end."""
+    small = {"model.dim": 16, "model.n_layers": 1, "model.ffn_dim": 16, "seq_len": 32, "batch_size": 2, "steps": 1}
+    run("pretrain", output=tmp_path / "base", data=shards, **{**small, "dtype": "fp32", "samples.prompts": []})
+    puna.load(tmp_path / "base").save(tmp_path / "saved")
+    told = inspect(tmp_path / "saved")
+    assert told["made by"].startswith("save of puna")
+    assert told["lineage"] == [
+        f"<- {tmp_path / 'base/final'} by pretrain, unchanged",
+        f"  <- {shards} by data, unchanged",
+        f"    <- {tokenizer_folder} by tokenizer, unchanged",
+    ]
+    assert inspect(tmp_path / "base")["run"].endswith(f"puna runs show {tmp_path / 'base'}")
+    (tmp_path / "base/final/MANIFEST.json").unlink()
+    assert inspect(tmp_path / "saved")["lineage"][0].endswith("by pretrain, changed since")
+    shutil.rmtree(tmp_path / "base")
+    assert inspect(tmp_path / "saved")["lineage"] == [f"<- {tmp_path / 'base/final'}, not on this disk"]
+    write_lineage(tmp_path / "saved", lineage("save", [tmp_path / "saved"]))
+    assert len(inspect(tmp_path / "saved")["lineage"]) == 20
+
+
+def test_shards_and_tokenizers_are_told_apart(shards: Path, tokenizer_folder: Path) -> None:
+    """A folder that is no model is not "no model here" but something with a verb of its own."""
+    told = inspect(tokenizer_folder)
+    assert told["format"] == "tokenizer"
+    assert told["tokenizer"].startswith("600 ids, BOS ")
+    with pytest.raises(DataError) as caught:
+        inspect(shards)
+    assert caught.value.fix == f"puna data stats {shards}"
+
+
+def test_what_is_printed(saved: Path, tmp_path: Path) -> None:
+    """80 columns, one name a line, and nothing that a terminal obeys: names and templates are a stranger's words."""
+    evil = shutil.copytree(saved, tmp_path / "evil")
+    (evil / "MANIFEST.json").unlink()
+    (evil / "chat_template.jinja").write_text("{{ bos_token }}\x1b[2J\x9b31m\nsecond line\n" + "x" * 500)
+    (evil / "puna.json").write_text(json.dumps({"recipe": "\x1b[2J", "parents": ["\x1b]0;owned\x07"]}))
+    told, as_json, nowhere, data = puna_forked(
+        [["inspect", "evil"], ["inspect", "evil", "--json"], ["inspect", "evli"], ["inspect", "."]], tmp_path
+    )
+    assert told.returncode == as_json.returncode == 0, told.stderr
+    assert not any(character in told.stdout for character in "\x1b\x9b\x07")
+    assert max(map(len, told.stdout.splitlines())) <= 80
+    assert "\nparameters    " in told.stdout
+    assert json.loads(as_json.stdout)["parameters"] == count_parameters(CONFIG)
+    assert (nowhere.returncode, data.returncode) == (4, 4)
+    assert "did you mean `evil`?" in nowhere.stderr
