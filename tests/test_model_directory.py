@@ -15,6 +15,7 @@ from test_model import BASE, CASES, CPU, ModelConfig, build
 
 import puna
 from puna.checkpoint.model_directory import open_model_directory, save_model, write_model_directory
+from puna.checkpoint.registry import open_model
 from puna.checkpoint.stored import Stored, Weight, expected_shapes
 from puna.checkpoint.weight_files import write_weights
 from puna.errors import CheckpointError
@@ -163,11 +164,15 @@ def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path: Path) -> Non
         open_model_directory(folder).load(torch.float64, CPU)
 
 
-def test_pickled_weights_are_refused_with_what_to_type(tmp_path: Path) -> None:
-    """`no model.safetensors` leaves the owner of an old model without a way."""
+def test_pickled_weights_are_read_as_data(tmp_path: Path) -> None:
+    """An old model has nothing but pytorch_model.bin; a directory opened without a reader for it must say so."""
     folder = directory(tmp_path / "m", {})
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"only pickled weights(.|\n)*puna convert"):
+    sound = open_model_directory(folder).load(torch.float64, CPU).state_dict()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    found = open_model(folder).load(torch.float64, CPU).state_dict()
+    assert all(torch.equal(found[n], t) for n, t in sound.items())
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         open_model_directory(folder)
 
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import WEIGHTS, adapter_config, base_of
-from puna.checkpoint.registry import find_model, open_model
+from puna.checkpoint.registry import as_path, find_model, open_model
 from puna.checkpoint.stored import Stored
 from puna.errors import CheckpointError, DataError, PunaError
 from puna.files import MANIFEST, read_manifest
@@ -31,7 +31,7 @@ def inspect(name: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: nothing there, or damaged. DataError: token shards.
     """
-    place = Path(name).expanduser()
+    place = as_path(name)
     if (place / "index.json").exists():
         raise DataError("token shards, not a model", where=place, fix=f"puna data stats {place}")
     if (place / "tokenizer.json").exists() and not any((place / f).exists() for f in ("config.json", ADAPTER)):

@@ -18,8 +18,8 @@ from puna.tokenizer.tokenizer import Tokenizer
 
 
 def find_model(name: str | Path) -> Path:
-    """A model directory, a .gguf file or llama2.c's .bin for a path, a run folder, a registered name (fetched if it
-    is missing), or `org/name[@rev]` in the Hugging Face cache (never fetched).
+    """A model directory, a .gguf file or llama2.c's .bin for a path, a run folder, a registered name, or
+    `org/name[@rev]` in the Hugging Face cache (never fetched).
 
     A run folder means its `final/`, or its newest checkpoint.
 
