@@ -52,8 +52,8 @@ def make(folder: Path, layers: int) -> None:
     """A Llama of random bf16 weights as Meta publishes one, with the bytes as its tokenizer."""
     import torch
 
-    from puna.checkpoint.meta_layout import to_meta_name
-    from puna.checkpoint.meta_params import read_params
+    from puna.checkpoint.meta.layout import to_meta_name
+    from puna.checkpoint.meta.params import read_params
     from puna.checkpoint.stored import expected_shapes
     from puna.checkpoint.torch_file import TorchFile
     from puna.tokenizer.bpe import byte_of_character
@@ -97,7 +97,7 @@ def plainly(source: Path, target: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from puna.checkpoint.meta_layout import from_meta_name
+    from puna.checkpoint.meta.layout import from_meta_name
     from puna.checkpoint.rope_layout import is_rotated, to_halves
 
     target.mkdir()

@@ -43,7 +43,7 @@ def conversations(path: str, limit: int = 64) -> list[Any]:
     from puna.checkpoint.registry import load_tokenizer
     from puna.data.conversations import ChatSource, read_conversations
     from puna.data.packing import encode_conversations
-    from puna.tokenizer.chat import ChatFormat
+    from puna.tokenizer.chat.format import ChatFormat
 
     source = ChatSource(path=path, limit=limit)
     return encode_conversations(read_conversations(source), ChatFormat(load_tokenizer(MODEL)), 512, "all")

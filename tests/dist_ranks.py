@@ -29,7 +29,7 @@ from puna.model.transformer import Transformer
 from puna.ranks import rank
 from puna.recipes import pretrain
 from puna.run_folder import Run
-from puna.tokenizer.chat import Encoded
+from puna.tokenizer.chat.format import Encoded
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train import fit as loop
 from puna.train.objectives import next_token

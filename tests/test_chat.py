@@ -14,7 +14,7 @@ from puna.errors import DataError, UsageError
 from puna.eval.doctor.data_checks import stretches_of
 from puna.ops.cross_entropy import IGNORE
 from puna.tokenizer.bpe import save_bpe
-from puna.tokenizer.chat import ChatFormat, bundled
+from puna.tokenizer.chat.format import ChatFormat, bundled
 from puna.tokenizer.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}

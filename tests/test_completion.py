@@ -17,7 +17,7 @@ from puna.cli.config_keys import config_keys
 from puna.config import Config
 from puna.model.presets import PRESETS
 from puna.recipes import CONFIGS, RECIPES, config_type
-from puna.tokenizer.chat import BUNDLED
+from puna.tokenizer.chat.format import BUNDLED
 
 # command line: what has to be among the answers, and what must not be
 LINES: dict[str, tuple[set[str], set[str]]] = {

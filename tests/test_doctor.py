@@ -22,7 +22,7 @@ from puna.eval.doctor.diagnose import CHECKS, diagnose
 from puna.files import atomic_folder
 from puna.lora import LoraConfig, add_lora, lora_parameters
 from puna.model.config import ModelConfig
-from puna.tokenizer.chat import bundled
+from puna.tokenizer.chat.format import bundled
 from puna.tokenizer.tokenizer import Tokenizer
 
 

@@ -19,8 +19,8 @@ import transformers
 from test_model import BASE, build
 
 import puna
-from puna.checkpoint.gguf_blocks import LAYOUTS, PLAIN, Ggml, dequantize
-from puna.checkpoint.gguf_model import _BLOCK, open_gguf_model
+from puna.checkpoint.gguf.blocks import LAYOUTS, PLAIN, Ggml, dequantize
+from puna.checkpoint.gguf.model import _BLOCK, open_gguf_model
 from puna.checkpoint.registry import REGISTERED
 from puna.errors import CheckpointError, DataError
 from puna.infer.llama import Llama

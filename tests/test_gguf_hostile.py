@@ -14,8 +14,8 @@ from fuzz import damaged, fuzz
 from test_gguf import tiny, vocabulary
 from test_model import BASE, build
 
-from puna.checkpoint.gguf import open_gguf
-from puna.checkpoint.gguf_model import open_gguf_model
+from puna.checkpoint.gguf.file import open_gguf
+from puna.checkpoint.gguf.model import open_gguf_model
 from puna.errors import CheckpointError, DataError
 from puna.model.config import ModelConfig
 

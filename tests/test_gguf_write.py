@@ -14,13 +14,13 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import puna
-from puna.checkpoint import gguf_write
-from puna.checkpoint.gguf_blocks import LAYOUTS, Ggml, dequantize
-from puna.checkpoint.gguf_model import open_gguf_model
-from puna.checkpoint.gguf_quantize import quantize
-from puna.checkpoint.gguf_rope import rope_divisors, rope_scaling
-from puna.checkpoint.gguf_types import FILE_TYPES, storage
-from puna.checkpoint.gguf_write import write_gguf
+from puna.checkpoint.gguf import write as gguf_write
+from puna.checkpoint.gguf.blocks import LAYOUTS, Ggml, dequantize
+from puna.checkpoint.gguf.model import open_gguf_model
+from puna.checkpoint.gguf.quantize import quantize
+from puna.checkpoint.gguf.rope import rope_divisors, rope_scaling
+from puna.checkpoint.gguf.types import FILE_TYPES, storage
+from puna.checkpoint.gguf.write import write_gguf
 from puna.checkpoint.registry import REGISTERED, open_model
 from puna.checkpoint.stored import Stored
 from puna.errors import CheckpointError, NumericError, UsageError

@@ -9,8 +9,8 @@ import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template as compile_theirs
 
 from puna.errors import DataError
-from puna.tokenizer.chat import ChatFormat, bundled
-from puna.tokenizer.sandbox import ChatTemplate
+from puna.tokenizer.chat.format import ChatFormat, bundled
+from puna.tokenizer.chat.sandbox import ChatTemplate
 from puna.tokenizer.tokenizer import Tokenizer
 
 SAID = [{"role": "user", "content": "hello <b>"}, {"role": "assistant", "content": "Under the snow."}]
@@ -92,7 +92,7 @@ def exploded() -> dict[str, list]:
 _SET_OFF = """
 import json, resource, sys, time
 from puna.errors import DataError
-from puna.tokenizer.sandbox import ChatTemplate
+from puna.tokenizer.chat.sandbox import ChatTemplate
 said, bombs = json.load(sys.stdin)
 found = {}
 for name, source in {"before": "{{ messages }}", **bombs}.items():

@@ -25,7 +25,7 @@ from puna.lineage import lineage, write_lineage
 from puna.model.config import count_parameters
 from puna.model.presets import PRESETS
 from puna.recipes import run
-from puna.tokenizer.chat import bundled
+from puna.tokenizer.chat.format import bundled
 from puna.tokenizer.tokenizer import Tokenizer
 
 CONFIG = GQA.model_copy(update={"vocab_size": 600, "norm_eps": 1e-5})

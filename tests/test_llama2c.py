@@ -14,8 +14,8 @@ from fuzz import damaged, fuzz
 from test_model import BASE, build
 
 import puna
-from puna.checkpoint.gguf_model import open_gguf_model
-from puna.checkpoint.gguf_write import write_gguf
+from puna.checkpoint.gguf.model import open_gguf_model
+from puna.checkpoint.gguf.write import write_gguf
 from puna.checkpoint.llama2c import open_llama2c, write_llama2c
 from puna.checkpoint.stored import Stored, Weight
 from puna.errors import CheckpointError, DataError, UsageError

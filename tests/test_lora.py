@@ -17,7 +17,7 @@ from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
 from puna.ops.attention import Documents, attention, attention_eager
 from puna.ops.cross_entropy import IGNORE
-from puna.tokenizer.chat import ChatFormat, Encoded
+from puna.tokenizer.chat.format import ChatFormat, Encoded
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.fit import build_optimizer, train_step
 from puna.train.objectives import next_token

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from puna.checkpoint.meta import open_meta
-from puna.checkpoint.meta_params import ffn_width, read_params
-from puna.checkpoint.meta_write import write_meta
+from puna.checkpoint.meta.model import open_meta
+from puna.checkpoint.meta.params import ffn_width, read_params
+from puna.checkpoint.meta.write import write_meta
 from puna.checkpoint.stored import Stored, Weight
 from puna.errors import CheckpointError, UsageError
 from puna.model.config import ModelConfig, RopeScaling

@@ -31,7 +31,7 @@ from puna.eval.parity.weights import compare_weights
 from puna.infer.llama import Llama
 from puna.lora import LoraConfig, add_lora, lora_layers, lora_parameters, merge_lora
 from puna.model.config import ModelConfig, RopeScaling
-from puna.tokenizer.chat import bundled
+from puna.tokenizer.chat.format import bundled
 from puna.tokenizer.tokenizer import Tokenizer
 
 SHAPE = ModelConfig(

@@ -16,7 +16,8 @@ import torch
 from test_gguf import tiny, vocabulary
 from test_model import BASE, build
 
-from puna.checkpoint import adapter, gguf_model, model_directory, train_state
+from puna.checkpoint import adapter, model_directory, train_state
+from puna.checkpoint.gguf import model as gguf_model
 from puna.checkpoint.stored import Stored
 from puna.data.packing import PackedLoader
 from puna.eval.doctor.case import Case, open_case
@@ -28,7 +29,7 @@ from puna.lora import LoraLinear
 from puna.model.cache import KVCache
 from puna.model.config import ModelConfig, RopeScaling
 from puna.ops import attention, blocked_attention, cross_entropy, norm, rope
-from puna.tokenizer.chat import ChatFormat, Encoded
+from puna.tokenizer.chat.format import ChatFormat, Encoded
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train import fit, optim
 from puna.train.objectives import Loss

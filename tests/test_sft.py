@@ -21,7 +21,7 @@ from puna.infer.rehearsal import rehearsal
 from puna.log import Metrics
 from puna.lora import lora_parameters
 from puna.recipes import run, sft
-from puna.tokenizer.chat import bundled
+from puna.tokenizer.chat.format import bundled
 from puna.tokenizer.decoding import Stream
 from puna.tokenizer.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ import sentencepiece
 import tiktoken
 import transformers
 
-from puna.checkpoint.gguf import open_gguf
+from puna.checkpoint.gguf.file import open_gguf
 from puna.checkpoint.registry import load_tokenizer
 from puna.errors import CheckpointError, DataError
 from puna.tokenizer.checks import LLAMA3

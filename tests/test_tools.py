@@ -17,10 +17,10 @@ from puna.data.conversations import ChatSource, read_conversations, to_messages,
 from puna.data.packing import encode_conversations
 from puna.errors import DataError, UsageError
 from puna.infer import llama
-from puna.tokenizer.chat import ChatFormat, bundled
-from puna.tokenizer.messages import plain_messages, plain_tools
+from puna.tokenizer.chat.format import ChatFormat, bundled
+from puna.tokenizer.chat.messages import plain_messages, plain_tools
+from puna.tokenizer.chat.tools import read_calls
 from puna.tokenizer.tokenizer import Tokenizer
-from puna.tokenizer.tools import read_calls
 
 WEATHER = {
     "type": "function",

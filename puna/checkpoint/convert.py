@@ -6,12 +6,12 @@ from math import prod
 from pathlib import Path
 from typing import get_args
 
-from puna.checkpoint.gguf_blocks import LAYOUTS
-from puna.checkpoint.gguf_model import gguf_name
-from puna.checkpoint.gguf_types import file_type, storage
-from puna.checkpoint.gguf_write import write_gguf
+from puna.checkpoint.gguf.blocks import LAYOUTS
+from puna.checkpoint.gguf.model import gguf_name
+from puna.checkpoint.gguf.types import file_type, storage
+from puna.checkpoint.gguf.write import write_gguf
 from puna.checkpoint.llama2c import write_llama2c
-from puna.checkpoint.meta_write import check_shards, write_meta
+from puna.checkpoint.meta.write import check_shards, write_meta
 from puna.checkpoint.model_directory import write_model_directory
 from puna.checkpoint.names import DTYPES
 from puna.checkpoint.registry import open_model

@@ -17,7 +17,7 @@ from puna.files import MANIFEST, read_manifest
 from puna.lineage import fingerprint, parents_of, read_lineage
 from puna.model.config import ModelConfig, count_parameters
 from puna.model.presets import PRESETS
-from puna.tokenizer.chat import BUNDLED, bundled
+from puna.tokenizer.chat.format import BUNDLED, bundled
 from puna.tokenizer.tokenizer import Tokenizer
 
 _DEEP = 20  # links of a lineage that are followed

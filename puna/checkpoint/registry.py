@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from puna.checkpoint.gguf import open_gguf
-from puna.checkpoint.gguf_model import gguf_tokenizer, open_gguf_model
+from puna.checkpoint.gguf.file import open_gguf
+from puna.checkpoint.gguf.model import gguf_tokenizer, open_gguf_model
 from puna.checkpoint.hub import HubName, find_cached, hub_name
 from puna.checkpoint.llama2c import open_llama2c
-from puna.checkpoint.meta import PARAMS, open_meta
+from puna.checkpoint.meta.model import PARAMS, open_meta
 from puna.checkpoint.model_directory import checkpoints, open_model_directory
 from puna.checkpoint.registered import REGISTERED
 from puna.checkpoint.stored import Stored

@@ -86,7 +86,7 @@ def merge(
 
 
 def _read_tools(path: Path) -> list[dict[str, Any]] | None:
-    from puna.tokenizer.messages import plain_tools
+    from puna.tokenizer.chat.messages import plain_tools
 
     try:
         return plain_tools(json.loads(path.read_text(encoding="utf-8")))

@@ -174,7 +174,7 @@ def _reader(path: Path) -> Callable[[Path], Any]:
         UsageError: nothing is known of such a file.
     """
     if path.suffix == ".gguf":
-        from puna.checkpoint.gguf import open_gguf
+        from puna.checkpoint.gguf.file import open_gguf
 
         return open_gguf
     if path.suffix == ".safetensors":

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 from puna.config import Config, UserPath, nearest, nearest_path
 from puna.data.dialogues import read_dialogues
 from puna.errors import DataError, UsageError
-from puna.tokenizer.messages import plain_messages, plain_tools
+from puna.tokenizer.chat.messages import plain_messages, plain_tools
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "system": "system", "user": "user",
           "assistant": "assistant", "tool": "tool", "function_call": "assistant", "observation": "tool"}  # fmt: skip

@@ -13,7 +13,7 @@ from puna.errors import DataError
 from puna.log import log
 from puna.ops.attention import Documents
 from puna.ops.cross_entropy import IGNORE
-from puna.tokenizer.chat import ChatFormat, Encoded, Train
+from puna.tokenizer.chat.format import ChatFormat, Encoded, Train
 
 
 def encode_conversations(

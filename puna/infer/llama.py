@@ -21,8 +21,8 @@ from puna.infer.generate import generate
 from puna.lineage import lineage
 from puna.model.resize import resize_embeddings
 from puna.model.transformer import Transformer
-from puna.tokenizer.chat import ChatFormat
-from puna.tokenizer.messages import Message, Tool
+from puna.tokenizer.chat.format import ChatFormat
+from puna.tokenizer.chat.messages import Message, Tool
 from puna.tokenizer.tokenizer import Tokenizer
 
 

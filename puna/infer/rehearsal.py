@@ -2,7 +2,7 @@
 
 from puna.infer.llama import Llama
 from puna.log import Progress
-from puna.tokenizer.chat import Encoded
+from puna.tokenizer.chat.format import Encoded
 
 _AT_ONCE = 64
 

@@ -31,7 +31,7 @@ from puna.log import clock, harmless, log
 from puna.lora import LoraConfig, add_lora, lora_parameters
 from puna.ranks import rank
 from puna.run_folder import Run
-from puna.tokenizer.chat import ChatFormat, Encoded, Train, has_template
+from puna.tokenizer.chat.format import ChatFormat, Encoded, Train, has_template
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.compile import compile_blocks
 from puna.train.fit import TrainConfig, fit

@@ -24,7 +24,7 @@ from puna.log import log
 from puna.lora import lora_parameters, merge_lora
 from puna.model.config import count_parameters
 from puna.model.transformer import Transformer
-from puna.tokenizer.chat import ChatFormat, Encoded, has_template
+from puna.tokenizer.chat.format import ChatFormat, Encoded, has_template
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.fit import train_step
 from puna.train.objectives import next_token

@@ -7,7 +7,7 @@ from typing import Any
 from puna.data.loader import TokenLoader
 from puna.eval.doctor.case import Case
 from puna.ops.cross_entropy import IGNORE
-from puna.tokenizer.chat import Encoded
+from puna.tokenizer.chat.format import Encoded
 
 Parts = dict[str, float]
 """What was compared -> the difference."""

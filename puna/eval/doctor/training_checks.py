@@ -21,7 +21,7 @@ from puna.model.mode import evaluating
 from puna.model.transformer import Transformer
 from puna.ops.cross_entropy import IGNORE
 from puna.run_folder import Run
-from puna.tokenizer.chat import Encoded
+from puna.tokenizer.chat.format import Encoded
 from puna.train.fit import TrainConfig, fit
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig, build_optimizer

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from puna.checkpoint.gguf import open_gguf
+from puna.checkpoint.gguf.file import open_gguf
 from puna.errors import CheckpointError
 
 Values = Mapping[str, Any]

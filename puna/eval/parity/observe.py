@@ -9,7 +9,7 @@ from torch import Tensor
 from puna.errors import CheckpointError
 from puna.eval.perplexity import text_bits_per_byte
 from puna.infer.llama import Llama
-from puna.tokenizer.chat import has_template
+from puna.tokenizer.chat.format import has_template
 
 
 class Observed(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from puna.errors import DataError
 from puna.eval.parity.material import CONVERSATIONS, STRINGS
 from puna.model.config import ModelConfig
-from puna.tokenizer.chat import ChatFormat, has_template
+from puna.tokenizer.chat.format import ChatFormat, has_template
 from puna.tokenizer.tokenizer import Tokenizer
 
 _HARMLESS = ("max_seq_len", "tie_embeddings")

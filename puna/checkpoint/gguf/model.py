@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from puna.checkpoint.gguf import Gguf, open_gguf
-from puna.checkpoint.gguf_blocks import Ggml
-from puna.checkpoint.gguf_rope import TENSOR as ROPE
-from puna.checkpoint.gguf_rope import refuse_other_scaling, rope_scaling
+from puna.checkpoint.gguf.blocks import Ggml
+from puna.checkpoint.gguf.file import Gguf, open_gguf
+from puna.checkpoint.gguf.rope import TENSOR as ROPE
+from puna.checkpoint.gguf.rope import refuse_other_scaling, rope_scaling
 from puna.checkpoint.rope_layout import is_rotated, to_halves
 from puna.checkpoint.stored import Stored, Weight
 from puna.errors import CheckpointError

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from puna.errors import DataError
-from puna.tokenizer.messages import NAME, plain_call
-from puna.tokenizer.pythonic import python_calls
+from puna.tokenizer.chat.messages import NAME, plain_call
+from puna.tokenizer.chat.pythonic import python_calls
 
 CODE = "code_interpreter"
 _LONGEST = 1 << 20

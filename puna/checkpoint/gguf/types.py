@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from puna.checkpoint.gguf_blocks import LAYOUTS, Ggml
+from puna.checkpoint.gguf.blocks import LAYOUTS, Ggml
 from puna.errors import UsageError
 from puna.model.config import ModelConfig
 

@@ -9,12 +9,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from puna.checkpoint.gguf_blocks import LAYOUTS, Ggml
-from puna.checkpoint.gguf_model import LINEAGE, gguf_name
-from puna.checkpoint.gguf_quantize import quantize
-from puna.checkpoint.gguf_rope import TENSOR as ROPE
-from puna.checkpoint.gguf_rope import rope_divisors, scaling_metadata
-from puna.checkpoint.gguf_types import FILE_TYPES, file_type, storage
+from puna.checkpoint.gguf.blocks import LAYOUTS, Ggml
+from puna.checkpoint.gguf.model import LINEAGE, gguf_name
+from puna.checkpoint.gguf.quantize import quantize
+from puna.checkpoint.gguf.rope import TENSOR as ROPE
+from puna.checkpoint.gguf.rope import rope_divisors, scaling_metadata
+from puna.checkpoint.gguf.types import FILE_TYPES, file_type, storage
 from puna.checkpoint.rope_layout import is_rotated, to_neighbours
 from puna.checkpoint.stored import Stored, expected_shapes
 from puna.errors import CheckpointError, NumericError

@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any
 
-from puna.tokenizer.messages import NAME
+from puna.tokenizer.chat.messages import NAME
 
 _MAX_DEPTH = 32
 _TOKEN = re.compile(

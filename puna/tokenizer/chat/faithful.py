@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from puna.errors import DataError
-from puna.tokenizer.messages import map_text
+from puna.tokenizer.chat.messages import map_text
 
 _OPEN, _CLOSE = "\U000ffff0", "\U000ffff1"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")

@@ -6,7 +6,7 @@ of the superblock turns into a real one: weight = d * scale * q - dmin * minimum
 
 import numpy as np
 
-from puna.checkpoint.bit_fields import bit_fields, half
+from puna.checkpoint.gguf.bit_fields import bit_fields, half
 
 IQ4_VALUES = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32

@@ -22,8 +22,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 
 from puna.errors import DataError
-from puna.tokenizer.allowance import ALLOWANCE, Allowance, charge, extent, look, made
-from puna.tokenizer.charging import Charging
+from puna.tokenizer.chat.allowance import ALLOWANCE, Allowance, charge, extent, look, made
+from puna.tokenizer.chat.charging import Charging
 
 MAX_SOURCE, _MAX_TOKENS = 1 << 16, 12_000  # the longest template of a published Llama has 5 kB and 900 tokens
 _MAX_BITS = 4096  # of a whole number: counting needs no more

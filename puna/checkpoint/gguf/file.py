@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from puna.checkpoint.gguf_blocks import LAYOUTS, Ggml, dequantize
+from puna.checkpoint.gguf.blocks import LAYOUTS, Ggml, dequantize
 from puna.errors import CheckpointError
 
 _SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from puna.checkpoint.meta import PARAMS
-from puna.checkpoint.meta_layout import EMBEDDING, HEAD, cut, cut_axis, is_key_or_value, to_meta_name
-from puna.checkpoint.meta_params import write_params
+from puna.checkpoint.meta.layout import EMBEDDING, HEAD, cut, cut_axis, is_key_or_value, to_meta_name
+from puna.checkpoint.meta.model import PARAMS
+from puna.checkpoint.meta.params import write_params
 from puna.checkpoint.names import DTYPES
 from puna.checkpoint.rope_layout import is_rotated, to_neighbours
 from puna.checkpoint.stored import Stored, expected_shapes

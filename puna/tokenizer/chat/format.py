@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 from puna.config import nearest
 from puna.errors import DataError, UsageError
 from puna.log import log
-from puna.tokenizer.continuation import Continuation
-from puna.tokenizer.faithful import Marked, check_complete, follows
-from puna.tokenizer.messages import PRIVATE, Message, Tool, map_text, plain_messages, plain_tools
-from puna.tokenizer.sandbox import ChatTemplate, compiled
+from puna.tokenizer.chat.continuation import Continuation
+from puna.tokenizer.chat.faithful import Marked, check_complete, follows
+from puna.tokenizer.chat.messages import PRIVATE, Message, Tool, map_text, plain_messages, plain_tools
+from puna.tokenizer.chat.sandbox import ChatTemplate, compiled
+from puna.tokenizer.chat.tools import read_calls
 from puna.tokenizer.tokenizer import Tokenizer
-from puna.tokenizer.tools import read_calls
 
 Train = Literal["all", "last"]
 _PYTHON_TAG, _END_OF_MESSAGE = "<|python_tag|>", "<|eom_id|>"
@@ -267,7 +267,7 @@ def bundled(name: str) -> str:
     if name not in BUNDLED:
         raise UsageError(f"no template `{name}`" + nearest(name, BUNDLED), fix=", ".join(BUNDLED))
     file = f"{_SAME.get(name, name)}.jinja"
-    return (resources.files("puna") / "tokenizer" / "templates" / file).read_text(encoding="utf-8")
+    return (resources.files("puna") / "tokenizer" / "chat" / "templates" / file).read_text(encoding="utf-8")
 
 
 def _fixed_clock(date: Any) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from puna.checkpoint.bit_fields import half, half_bytes, pack_fields
-from puna.checkpoint.gguf_blocks import LAYOUTS, Ggml
-from puna.checkpoint.gguf_superblocks import pack_scales
+from puna.checkpoint.gguf.bit_fields import half, half_bytes, pack_fields
+from puna.checkpoint.gguf.blocks import LAYOUTS, Ggml
+from puna.checkpoint.gguf.superblocks import pack_scales
 from puna.errors import NumericError
 
 _CHUNK = 1 << 16  # weights quantized at once; the search keeps some ten arrays of that size

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from puna.checkpoint.meta_layout import EMBEDDING, HEAD, cut_axis, from_meta_name, is_key_or_value
-from puna.checkpoint.meta_params import read_params
+from puna.checkpoint.meta.layout import EMBEDDING, HEAD, cut_axis, from_meta_name, is_key_or_value
+from puna.checkpoint.meta.params import read_params
 from puna.checkpoint.rope_layout import is_rotated, to_halves
 from puna.checkpoint.stored import Stored, Weight
 from puna.checkpoint.torch_file import open_torch_file

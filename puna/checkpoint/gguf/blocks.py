@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from puna.checkpoint import gguf_superblocks as superblocks
-from puna.checkpoint.bit_fields import bit_fields, half
+from puna.checkpoint.gguf import superblocks
+from puna.checkpoint.gguf.bit_fields import bit_fields, half
 from puna.errors import CheckpointError
 
 _CHUNK = 1 << 18  # weights dequantized at once: intermediate arrays stay in cache and far below the tensor's size
