@@ -7,10 +7,17 @@ the environment says holds inside of `joined` alone.
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from puna.errors import UsageError
+
+LOST = 75
+"""Exit code of a rank that ended because another was gone; between ranks and `dist.launch` only."""
+PIPE = "PUNA_LAUNCHER"
+"""Names the end of a pipe that a rank of `--nproc` reads; nothing is ever written to it."""
 
 
 class Place(NamedTuple):
@@ -77,3 +84,14 @@ def rows_each(rows: int, count: int) -> int:
             f"batch_size={rows} cannot be divided among {count} ranks", fix=f"batch_size={near}, or another --nproc"
         )
     return rows // count
+
+
+def end_with_launcher() -> None:
+    """Send this rank a SIGTERM, at which it saves and ends, when the process that started it is gone, even killed."""
+    if PIPE in os.environ:
+        threading.Thread(target=_ask_to_end, args=[int(os.environ.pop(PIPE))], daemon=True).start()
+
+
+def _ask_to_end(pipe: int) -> None:
+    os.read(pipe, 1)  # returns at the end of the file alone
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -20,11 +20,11 @@ from puna.checkpoint.model_directory import save_model
 from puna.config import parse_words
 from puna.device import choose_device
 from puna.dist.collectives import part, process_group
-from puna.dist.launch import LOST, _blamed, launch
+from puna.dist.launch import _blamed, launch
 from puna.errors import ResourceError, UsageError
 from puna.log import Metrics, log, setup_logging
 from puna.lora import LoraConfig
-from puna.ranks import joined
+from puna.ranks import LOST, joined
 from puna.recipes import run
 from puna.tokenizer.tokenizer import Tokenizer
 

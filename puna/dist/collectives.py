@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from puna.dist.launch import LOST, end_with_launcher
 from puna.errors import ResourceError, UsageError
 from puna.log import log
-from puna.ranks import joined, rank, ranks, rows_each, started_as
+from puna.ranks import LOST, end_with_launcher, joined, rank, ranks, rows_each, started_as
 
 T = TypeVar("T")
 

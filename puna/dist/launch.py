@@ -7,17 +7,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 
 from puna.device import cores
 from puna.errors import ResourceError
+from puna.ranks import LOST, PIPE
 
-LOST = 75
-"""Exit code of a rank that ended because another was gone; between ranks and `launch` only."""
 _GRACE = 10.0  # seconds for the others to notice that one has failed
-_PIPE = "PUNA_LAUNCHER"  # the end of a pipe that a rank reads; nothing is ever written to it
 
 
 def launch(nproc: int, command: Sequence[str]) -> int:
@@ -42,7 +39,7 @@ def launch(nproc: int, command: Sequence[str]) -> int:
         alive, held = os.pipe()  # `held` is this process's alone: however it ends, the kernel closes it
         stack.callback(os.close, alive)
         stack.callback(os.close, held)
-        common[_PIPE] = str(alive)
+        common[PIPE] = str(alive)
         for rank, out in enumerate([None, *said]):
             env = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of its own: Ctrl-C comes through here alone, once, or it would count as a second one.
@@ -63,17 +60,6 @@ def launch(nproc: int, command: Sequence[str]) -> int:
             fix="the same command goes on from the newest checkpoint; a smaller batch_size takes less memory",
         )
     return 128 + heard[0] if code < 0 else code
-
-
-def end_with_launcher() -> None:
-    """Send this rank a SIGTERM, at which it saves and ends, when the process that started it is gone, even killed."""
-    if _PIPE in os.environ:
-        threading.Thread(target=_ask_to_end, args=[int(os.environ.pop(_PIPE))], daemon=True).start()
-
-
-def _ask_to_end(pipe: int) -> None:
-    os.read(pipe, 1)  # returns at the end of the file alone
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
