@@ -6,6 +6,7 @@ holds (its own pages and those of the file) beyond what it held before, without 
 tensors. Both sides keep the dtype on disk (their default) or convert to fp32.
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -102,7 +103,9 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
+    if len(sys.argv) > 3:  # one measurement, asked for by `ask`
         measure(sys.argv[2], sys.argv[1], sys.argv[3])
     else:
-        main(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m")
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("model", nargs="?", default="smollm2-135m")
+        main(parser.parse_args().model)
