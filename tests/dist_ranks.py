@@ -143,7 +143,7 @@ def wait_for_the_end(folder: Path) -> None:
     signal.signal(signal.SIGTERM, told)
     with process_group("cpu"):
         (folder / f"started-{rank()}").touch()
-        time.sleep(60)
+        time.sleep(600)  # nothing but the signal ends it
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_no_rank_outlives_who_started_it(tmp_path: Path) -> None:
         assert process.wait(20) == {signal.SIGHUP: 128 + signal.SIGTERM}.get(number, -number)
 
 
-def until(happened: Callable[[], bool], seconds: float = 30) -> None:
+def until(happened: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end

@@ -15,7 +15,7 @@ from puna.checkpoint.registry import REGISTERED
 ROOT = Path(__file__).parent.parent
 TINY = [
     "model.dim=16", "model.n_heads=2", "model.n_kv_heads=1", "model.head_dim=8", "model.n_layers=1", "model.ffn_dim=16",
-    "batch_size=2", "samples.prompts=[]", "steps=2",
+    "model.max_seq_len=1024", "batch_size=2", "samples.prompts=[]", "steps=2",
 ]  # fmt: skip
 ROWS = '{"prompt": "How many stars?", "completion": "345"}\n' * 8
 TUNE = ["model=runs/pretrain", "data.path=rows.jsonl", "template=llama3.1"]
@@ -32,7 +32,7 @@ RUN: dict[str, list[str]] = {
     "puna validate mine.yaml steps=600": [],
     "puna run pretrain --config mine.yaml data=runs/data output=runs/mine model=cria-15m": TINY,
     "puna runs show runs/mine": [],
-    "puna run sft model=smollm2-135m data.path=rows.jsonl steps=100": [*TUNE, "steps=1", "seq_len=64"],
+    "puna run sft model=smollm2-135m data.path=rows.jsonl steps=100": [*TUNE, "steps=1", "seq_len=256"],
     "puna chat runs/sft": ["--max-tokens", "2"],
     "puna merge runs/sft my-model": [],
     "puna eval my-model --text held_out.txt": [],
