@@ -136,7 +136,7 @@ def unfinish(run: Path) -> None:
 
 def run_ahead(run: Path) -> None:
     """Rows past the newest checkpoint, as a kill between a validation and a save leaves them: files to rewind."""
-    for name in ("metrics.jsonl", "samples.jsonl") if (run / "metrics.jsonl").exists() else ():
+    for name in ("metrics.jsonl", "samples.jsonl") if (run / "resolved.yaml").exists() else ():
         with (run / name).open("a") as rows:
             rows.write(json.dumps({"step": 10 * STEPS}) + "\n")
 
