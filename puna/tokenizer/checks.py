@@ -4,11 +4,13 @@
 """
 
 import contextlib
-import json
+import gc
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from pydantic_core import from_json
 
 from puna.errors import DataError
 
@@ -46,8 +48,9 @@ def parse(raw: bytes, where: object) -> dict[str, Any]:
     try:
         if raw.count(b",") > _MAX_ITEMS:  # before it takes a hundred bytes of memory for each of its own
             raise ValueError("too many items")
-        parsed = json.loads(raw)
-        _check(parsed)
+        with _no_collection():
+            parsed = from_json(raw, cache_strings=False)  # a third of the time of the standard library's
+            _check(parsed)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"tokenizer.json cannot be read: {error!r}", where=where, cause="damaged or hostile") from None
     return parsed
@@ -70,6 +73,18 @@ def engine_errors(what: str, where: object) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise DataError(f"{what}: {str(error)[:300]}", where=where) from None
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection in the block: a hundred thousand merges set off dozens, which find nothing."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _check(parsed: dict[str, Any]) -> None:

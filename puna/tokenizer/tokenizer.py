@@ -31,7 +31,7 @@ class Tokenizer:
         raw = self.files["tokenizer.json"]
         parsed = parse(raw, self.where)
         with engine_errors("tokenizer.json cannot be read", self.where):
-            self._engine = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+            self._engine = tokenizers.Tokenizer.from_buffer(raw)
             self._engine.no_truncation()  # some files carry what their last user had set
             self._engine.no_padding()
         if moved := [t["content"] for t in parsed["added_tokens"] if self._engine.token_to_id(t["content"]) != t["id"]]:
