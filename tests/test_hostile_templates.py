@@ -57,6 +57,19 @@ BOMBS = {
     "search": "{% set x = 'ab' * 30000 %}{% for i in range(9999) %}{% if 'ba' ~ 'b' * 999 in x %}{% endif %}"
     "{% endfor %}",
     "sort": "{% for i in range(999) %}{% set y = (['a' * 30000] * 500)|sort %}{% endfor %}",
+    "refilled": "{% set _ = (-(10 ** 12))|charged %}{% for i in range(999) %}{% for j in range(999) %}{% endfor %}"
+    "{% endfor %}",
+    "refilled by map": "{% set _ = [-(10 ** 12)]|map('a charge')|list %}{% for i in range(999) %}"
+    "{% for j in range(999) %}{% endfor %}{% endfor %}",
+    "refilled by look": "{% set _ = ['a']|map('a look', -(10 ** 12))|list %}{% for i in range(999) %}"
+    "{% for j in range(999) %}{% endfor %}{% endfor %}",
+    "is in": "{% set l = ['a'] * 20000 %}{% for i in range(9000) %}{% if 'b' is in(seq=l) %}{% endif %}{% endfor %}",
+    "select in": "{% set l = ['a'] * 20000 %}{{ (['b'] * 20000)|select('in', l)|list }}",
+    "list count": "{% set l = ['a'] * 20000 %}{% for i in range(9000) %}{% set _ = l.count('b') %}{% endfor %}",
+    "list index": "{% set l = ['a'] * 20000 + ['b'] %}{% for i in range(9000) %}{% set _ = l.index('b') %}{% endfor %}",
+    "joined by a list": X + "{{ ((['b'] * 400)|join([x] * 40))|length }}",
+    "list replaced": X + "{{ ([x] * 900)|replace('a', 'b')|length }}",
+    "list indented": X + "{{ ([x] * 900)|indent|length }}",
     "map": "{% for i in range(999) %}{% set y = range(99999)|map('abs')|map('abs')|sum %}{% endfor %}",
     "10 MB": "a" * 10_000_000, "brackets": "{{ " + "(" * 60000, "sum": "{{ 1" + "+1" * 30000 + " }}",
     "dots": "{{ a" + ".b" * 30000 + " }}", "nested": "{% if 1 %}" * 6000, "many": "{{1}}" * 13000,
