@@ -217,9 +217,14 @@ def test_every_spelling_of_messages_and_tools_is_one(tokenizer: Tokenizer) -> No
 
 
 def test_templates_without_tools_refuse_them(tokenizer: Tokenizer) -> None:
-    """A template that ignores tools trains answers out of nowhere."""
+    """A template that ignores tools trains answers out of nowhere, whether or not a text has the tool's name."""
     for messages, tools in [(DIALOG, None), (DIALOG[:2], [WEATHER])]:
         with pytest.raises(DataError, match=r"leaves out the (call of|tool) get_weather"):
+            ChatFormat(tokenizer, "llama3").encode(messages, tools=tools)
+    said = {"role": "assistant", "content": "I use get_time now.", "tool_calls": [call("get_time", zone=3)]}
+    about = [{"role": "user", "content": "what is get_weather, assistant?"}, ANSWER]
+    for messages, tools in [([ASK, said], None), (about, [WEATHER]), (about, [{"name": "assistant"}])]:
+        with pytest.raises(DataError, match="leaves out the"):
             ChatFormat(tokenizer, "llama3").encode(messages, tools=tools)
     two = {"role": "assistant", "tool_calls": [call("f", a="x"), call("g", b="y")]}
     with pytest.raises(DataError, match="one tool at a time"):

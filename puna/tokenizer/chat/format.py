@@ -15,7 +15,7 @@ from puna.config import nearest
 from puna.errors import DataError, UsageError
 from puna.log import log
 from puna.tokenizer.chat.continuation import Continuation
-from puna.tokenizer.chat.faithful import Marked, check_complete, follows
+from puna.tokenizer.chat.faithful import Marked, check_complete, check_names, follows
 from puna.tokenizer.chat.messages import PRIVATE, Message, Tool, map_text, plain_messages, plain_tools
 from puna.tokenizer.chat.sandbox import ChatTemplate, compiled
 from puna.tokenizer.chat.tools import read_calls
@@ -145,7 +145,6 @@ class ChatFormat:
                 why = "the template rewrites earlier turns, so what is trained would not be what is served"
                 raise DataError(why, where=self.tokenizer.where)
             answer, after = self._cut_after_turn(full[len(prompt) :])
-            self._check_calls(plain[i].get("tool_calls", ()), answer)
             yield from ((prompt[len(done) :], -1), (answer, i), (after, -1))
             done = full
         rest = self._render(plain, offered, add_generation_prompt)
@@ -181,28 +180,21 @@ class ChatFormat:
             raise DataError(why, where=self.tokenizer.where, fix="eos_token in tokenizer_config.json")
         return text[: end.end()], text[end.end() :]
 
-    def _check_calls(self, calls: Iterable[Any], answer: str) -> None:
-        for call in calls:
-            if call["function"]["name"] not in answer:
-                raise DataError(
-                    f"the template leaves out the call of {call['function']['name']}", where=self.tokenizer.where,
-                    fix="a template with tools, such as template=llama3.1",
-                )  # fmt: skip
-
     def _check_faithful(self, messages: list[dict[str, Any]], tools: Any, text: str, add_prompt: bool) -> None:
-        """Every text and tool stands in the prompt, once; see `faithful`."""
-        for tool in tools or ():
-            if tool["function"]["name"] not in text:
-                why = f"the template leaves out the tool {tool['function']['name']}"
-                raise DataError(why, where=self.tokenizer.where, fix="a template with tools, such as template=llama3.1")
-        marked = Marked(map_text(messages, self._hide))
-        key = marked.key([tools, add_prompt])
+        """Every text, call and tool stands in the prompt, and no text makes control tokens; see `faithful`."""
+        marked = Marked(map_text(messages, self._hide), map_text(tools, self._hide))
+        key = marked.key(add_prompt)
         if key not in self._shapes:
             if len(self._shapes) >= 1024:
                 self._shapes.clear()
-            self._shapes[key] = self._render(marked.messages, tools, add_prompt)
-            for told in check_complete(marked, self._shapes[key]):
+            check_names(marked, lambda called, offered: self._render(called, offered, add_prompt))
+            shape = self._render(marked.messages, marked.tools, add_prompt)
+            for told in check_complete(marked, shape):
                 self._tell(re.sub(r"\d+ ", "", told, count=1), told)
+            self._shapes[key] = shape
+        if self._control.findall(text) != self._control.findall(self._shapes[key]):
+            why = "the template makes control tokens of what is said: whoever writes a message could write any turn"
+            raise DataError(why, where=self.tokenizer.where, fix="another template (template=)")
         if not follows(marked, self._shapes[key], text):
             self._tell("content", "the chat template writes other things for other words: look at it (puna inspect)")
 
