@@ -251,7 +251,6 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 def read_back(tokenizer: Tokenizer, name: str, calls: list[dict], **variables: Any) -> Any:
     chat = ChatFormat(tokenizer, name, date_string=DAY, **variables)
     [learned] = stretches(*chat.encode([ASK, {"role": "assistant", "tool_calls": calls}]))
-    assert chat.waits(learned)
     return chat.parse(learned)
 
 
@@ -353,8 +352,8 @@ def test_no_output_of_a_model_raises(tokenizer: Tokenizer, parts: list[str], ids
         assert message.get("tool_calls") != []
 
 
-def test_where_a_reply_ends_and_whether_it_waits(tokenizer: Tokenizer) -> None:
-    """Words after the stop are nobody's; <|eom_id|> hands over to a tool, <|eot_id|> to the user."""
+def test_where_a_reply_ends(tokenizer: Tokenizer) -> None:
+    """Words after the stop are nobody's."""
     chat, special = ChatFormat(tokenizer, "llama3.1"), tokenizer.special_tokens
     words, tag = tokenizer.encode("Snow."), special["<|python_tag|>"]
     code = tokenizer.encode("print(1)")
@@ -363,10 +362,37 @@ def test_where_a_reply_ends_and_whether_it_waits(tokenizer: Tokenizer) -> None:
         "role": "assistant", "content": "Snow.", "tool_calls": [call(CODE, code="print(1)")],
     }  # fmt: skip
     assert chat.parse([*words, tag]) == {"role": "assistant", "content": "Snow."}
-    assert not chat.waits([*words, special["<|eot_id|>"]])
-    assert chat.waits([*words, special["<|eom_id|>"]])
-    assert chat.waits(tokenizer.encode(WRITTEN))
-    assert not chat.waits([])
+
+
+def test_only_what_was_offered_is_called(tokenizer: Tokenizer) -> None:
+    """Who asked for JSON with a name gets it; a server must not run a function that nobody offered."""
+    chat, end = ChatFormat(tokenizer, "llama3.1"), tokenizer.special_tokens["<|eot_id|>"]
+    for text in ('{"name": "Ann", "arguments": {}}', "[print(a=1)]"):
+        for tools in (None, [WEATHER]):
+            said = [*tokenizer.encode(text), end, *tokenizer.encode("x")]
+            assert chat.answer(said, tools) == {"role": "assistant", "content": text}
+    assert chat.answer([*tokenizer.encode(WRITTEN), end], [WEATHER]) == {**CALL, "content": ""}
+    tagged = [tokenizer.special_tokens["<|python_tag|>"], *tokenizer.encode("print(1)")]
+    assert chat.answer(tagged) == {"role": "assistant", "content": "print(1)"}
+    ran = {"role": "assistant", "content": "", "tool_calls": [call(CODE, code="print(1)")]}
+    assert ChatFormat(tokenizer, "llama3.1", builtin_tools=["brave_search"]).answer(tagged) == ran
+
+
+def test_history_holds_code_as_it_was_generated(tokenizer: Tokenizer) -> None:
+    """Meta's code interpreter is sent code alone: history in another form is not what the model wrote."""
+    special = tokenizer.special_tokens
+    said = [special["<|python_tag|>"], *tokenizer.encode('x = "a"\nprint(x)'), special["<|eom_id|>"]]
+    for tools in (["brave_search"], ["code_interpreter"], []):
+        chat = ChatFormat(tokenizer, "llama3.1", builtin_tools=tools)
+        assert stretches(*chat.encode([ASK, chat.parse(said)])) == [said]
+
+
+def test_arguments_that_python_cannot_name_are_refused(tokenizer: Tokenizer) -> None:
+    """f(my key=1) is trained and no reader takes it for a call."""
+    chat = ChatFormat(tokenizer, "llama3.2-pythonic")
+    for name in ("my key", "1", "", "a-b", "é", "a=1, b"):
+        with pytest.raises(DataError, match="Python cannot write"):
+            chat.encode([ASK, {"role": "assistant", "tool_calls": [call("f", **{name: 1})]}])
 
 
 def test_rows_with_tools_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
