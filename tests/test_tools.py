@@ -378,6 +378,23 @@ def test_only_what_was_offered_is_called(tokenizer: Tokenizer) -> None:
     assert ChatFormat(tokenizer, "llama3.1", builtin_tools=["brave_search"]).answer(tagged) == ran
 
 
+def test_llama_is_told_of_built_in_tools(tokenizer: Tokenizer) -> None:
+    """A tool that no caller can switch on is never called, and one that nobody switched on must not be."""
+    tagged = [tokenizer.special_tokens["<|python_tag|>"], *tokenizer.encode('brave_search.call(query="snow")')]
+    prompts: list[list[int]] = []
+
+    class Speaks(llama.Llama):
+        def continue_ids(self, prompts_: Any, max_tokens: int, **sampling: Any) -> list[list[int]]:
+            prompts.extend(prompts_)
+            return [tagged]
+
+    told = tokenizer.with_template(bundled("llama3.1"))
+    for variables, calls in (({}, 0), ({"builtin_tools": ["brave_search"]}, 1)):
+        model = Speaks(None, told, Path("x"), [], variables)  # type: ignore[arg-type]
+        assert len(model.respond([ASK]).get("tool_calls", ())) == calls
+        assert ("Tools: brave_search" in tokenizer.decode(prompts[-1])) == bool(calls)
+
+
 def test_history_holds_code_as_it_was_generated(tokenizer: Tokenizer) -> None:
     """Meta's code interpreter is sent code alone: history in another form is not what the model wrote."""
     special = tokenizer.special_tokens
