@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import transformers
 from hypothesis import HealthCheck, given, settings
@@ -431,6 +432,82 @@ def test_rows_with_tools_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
             to_tools(row, "x:1")
     with pytest.raises(DataError, match="x:1"):
         to_messages({"conversations": [{"from": "function_call", "value": "no JSON"}]}, "x:1")
+
+
+def test_rows_keep_what_messages_may_have(tmp_path: Path) -> None:
+    """A result that is an object was refused; which call it answers, and who speaks, was lost."""
+    said = [
+        {"role": "user", "name": "Ann", "content": "Where?"},
+        {"role": "assistant", "content": None, "tool_calls": [{**call("f", a=None), "id": "7"}], "refusal": None},
+        {"role": "tool", "name": "f", "tool_call_id": "7", "content": {"t": 12}},
+        {"role": "assistant", "content": "12", "train": False},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": said}), encoding="utf-8")
+    [(_, messages, _)] = read_conversations(ChatSource(path=tmp_path / "rows.jsonl"))
+    assert messages == [said[0], {"role": "assistant", "content": "", "tool_calls": said[1]["tool_calls"]}, *said[2:]]
+    for turn in ({"role": "user", "content": {"t": 12}}, {"from": "gpt"}, {"value": "x"}, {"role": 1, "content": "x"}):
+        with pytest.raises(DataError) as told:
+            to_messages({"messages": [turn]}, "x:1")
+        assert told.value.where == "x:1"
+
+
+def test_parquet_rows_have_their_own_arguments_alone(tmp_path: Path) -> None:
+    """Arrow gives every object the fields of all rows: a call of f(city) was trained as f(city, zone=null)."""
+    rows = [
+        {"messages": [ASK, {"role": "assistant", "content": None, "tool_calls": [call(name, **{argument: "x"})]}],
+         "tools": [{"name": name, "parameters": {"properties": {argument: {"type": "string"}}}}]}
+        for name, argument in (("f", "city"), ("g", "zone"))
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    ours, theirs = (list(read_conversations(ChatSource(path=tmp_path / f"rows.{s}"))) for s in ("parquet", "jsonl"))
+    assert [row[1:] for row in ours] == [row[1:] for row in theirs]
+
+
+class Scripted:
+    """A model that says what it was given, one answer after another."""
+
+    def __init__(self, tokenizer: Tokenizer, said: list[list[int]]):
+        self.tokenizer, self.said, self.asked = tokenizer, said, 0
+        self.template = ChatFormat(tokenizer, "llama3.1")
+
+    def continue_ids(self, prompts: list, on_token: Any, **options: Any) -> None:
+        self.asked += 1
+        for token in self.said[self.asked - 1]:
+            on_token(token)
+
+
+def typed_to(model: Scripted, text: str, monkeypatch: pytest.MonkeyPatch, tools: Path | None = None) -> None:
+    monkeypatch.setattr(llama, "load", lambda *args, **kwargs: model)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    chat.chat("x", tools=tools)
+
+
+def test_chat_survives_a_folder_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
+) -> None:
+    """A mistyped /save ended the program, and with it the conversation that was to be kept."""
+    model = Scripted(tokenizer, [tokenizer.encode("Snow.")])
+    typed_to(model, f"Hello\n/save {tmp_path}/missing/c.json\n/save {tmp_path}/c.json\n", monkeypatch)
+    assert [m["content"] for m in json.loads((tmp_path / "c.json").read_text())] == ["Hello", "Snow."]
+
+
+def test_chat_ends_where_its_input_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+    """A call at the end of the input was answered with nothing, and the model asked again, for ever."""
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]), encoding="utf-8")
+    model = Scripted(tokenizer, [tokenizer.encode(WRITTEN)] * 2)
+    typed_to(model, "How warm?\n", monkeypatch, tmp_path / "tools.json")
+    assert model.asked == 1
+
+
+def test_a_refused_turn_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+    """A result that cannot be shown to the model left its call behind, and every later turn failed too."""
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]), encoding="utf-8")
+    model = Scripted(tokenizer, [tokenizer.encode(s) for s in ("Snow.", WRITTEN, "Grass.")])
+    typed = f"Hello\nHow warm?\n\U000f0000\nAnd now?\n/save {tmp_path}/c.json\n"
+    typed_to(model, typed, monkeypatch, tmp_path / "tools.json")
+    said = [m["content"] for m in json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))]
+    assert said == ["Hello", "Snow.", "And now?", "Grass."]
 
 
 def test_chat_shows_calls_and_asks_for_their_results(
