@@ -1,6 +1,7 @@
 """Every format of the real vocabularies, in and out: the ids of llama.cpp's vectors, sentencepiece and tiktoken."""
 
 import gzip
+import json
 import random
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import regex
 import sentencepiece
 import tiktoken
 import transformers
+from test_tokenizer_hostile import SPM as SMALL
 
 from puna.checkpoint.gguf.file import open_gguf
 from puna.checkpoint.registry import load_tokenizer
@@ -19,6 +21,7 @@ from puna.errors import CheckpointError, DataError
 from puna.tokenizer.checks import LLAMA3
 from puna.tokenizer.formats import llama2c_vocab, sentencepiece_model, tiktoken_ranks, tokenizer_from
 from puna.tokenizer.gguf_vocab import gguf_fields, vocab_files
+from puna.tokenizer.spm_json import spm_files
 from puna.tokenizer.tiktoken_model import Names, read_ranks, write_ranks
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -332,6 +335,53 @@ def test_splits_of_gguf(split: str, tokenizer_folder: Path) -> None:
             parts = [p for part in parts for p in regex.split(f"({pattern})", part) if p]
         cut = [text[a:b] for _, (a, b) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         assert cut == parts
+
+
+def test_named_tokens_without_an_id_have_none_in_gguf(tokenizer_folder: Path) -> None:
+    """Configs name a pad token that the vocabulary lacks, templates are not always UTF-8: the export broke off."""
+    files = Tokenizer(tokenizer_folder).files
+    config = {**json.loads(files["tokenizer_config.json"]), "pad_token": "[PAD]", "eot_token": "nowhere"}
+    odd = {"tokenizer_config.json": json.dumps(config).encode(), "chat_template.jinja": b"\xff{{ x }}"}
+    tokenizer = Tokenizer({**files, **odd})
+    fields = gguf_fields(tokenizer)
+    assert "tokenizer.ggml.padding_token_id" not in fields
+    assert fields["tokenizer.ggml.eot_token_id"] == tokenizer.special_tokens["<|eot_id|>"]
+    assert fields["tokenizer.chat_template"] == "\ufffd{{ x }}"
+
+
+SPM_OTHERWISE: dict[str, Callable[[dict[str, Any]], None]] = {
+    "lower case": lambda t: t["normalizer"]["normalizers"].append({"type": "Lowercase"}),
+    "NFC inside": lambda t: t["normalizer"]["normalizers"].append(
+        {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
+    ),
+    "another prefix": lambda t: t["normalizer"]["normalizers"][0].update(prepend="x"),
+    "nothing for a space": lambda t: t["normalizer"]["normalizers"].pop(),
+    "a split": lambda t: t.update(pre_tokenizer={"type": "Digits", "individual_digits": True}),
+    "words apart": lambda t: t.update(
+        normalizer=None,
+        pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True},
+    ),
+}
+BPE_OTHERWISE: dict[str, Callable[[dict[str, Any]], None]] = {
+    "NFC": lambda t: t.update(normalizer={"type": "NFC"}),
+    "a space before": lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+    "what is matched is lost": lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
+    "inverted": lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(invert=True),
+    "a word that is always one id": lambda t: t["added_tokens"][-1].update(special=False),
+}
+
+
+@pytest.mark.parametrize("name", [*SPM_OTHERWISE, *BPE_OTHERWISE])
+def test_no_tokenizer_model_of_what_splits_otherwise(name: str, tokenizer_folder: Path) -> None:
+    """A tokenizer.model beside a tokenizer.json that gives other ids: right here, nonsense in Meta's code."""
+    spm = name in SPM_OTHERWISE
+    tokenizer, write = (
+        (Tokenizer(spm_files(SMALL)), sentencepiece_model) if spm else (Tokenizer(tokenizer_folder), tiktoken_ranks)
+    )
+    assert write(tokenizer)
+    changed = tokenizer.parsed
+    (SPM_OTHERWISE if spm else BPE_OTHERWISE)[name](changed)
+    assert write(Tokenizer({**tokenizer.files, "tokenizer.json": json.dumps(changed).encode()})) is None
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3"])
