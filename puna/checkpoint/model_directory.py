@@ -139,9 +139,10 @@ def _write_beside(
     lineage: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """What a model directory holds beside its weights."""
-    write_json(folder / "config.json", to_hf_config(config, dtype, tokenizer.bos_id, tokenizer.eos_id))
+    bos = tokenizer.named_id("bos_token")
+    write_json(folder / "config.json", to_hf_config(config, dtype, bos, tokenizer.eos_id))
     stops = list(dict.fromkeys([*tokenizer.stop_ids, *stop_ids]))
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "do_sample": True}
+    generation = {"bos_token_id": bos, "eos_token_id": stops, "do_sample": True}
     write_json(folder / "generation_config.json", generation)
     tokenizer.save(folder)
     write_lineage(folder, lineage)
