@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import WEIGHTS, adapter_config, base_of
-from puna.checkpoint.registry import as_path, find_model, open_model
+from puna.checkpoint.registry import as_path, find_model, holds_model, open_model
 from puna.checkpoint.stored import Stored
 from puna.errors import CheckpointError, DataError, PunaError
 from puna.files import MANIFEST, read_manifest
@@ -34,7 +34,7 @@ def inspect(name: str | Path) -> dict[str, Any]:
     place = as_path(name)
     if (place / "index.json").exists():
         raise DataError("token shards, not a model", where=place, fix=f"puna data stats {place}")
-    if (place / "tokenizer.json").exists() and not any((place / f).exists() for f in ("config.json", ADAPTER)):
+    if (place / "tokenizer.json").exists() and not holds_model(place):
         return {"path": str(place), "format": "tokenizer", **_tokenizer(Tokenizer(place), []), **_around(place)}
     found = find_model(name)
     run = {"run": f"{place}; puna runs show {place}"} if (place / "resolved.yaml").exists() else {}
