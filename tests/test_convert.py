@@ -12,11 +12,13 @@ import pytest
 import torch
 from command_line import puna_forked
 from test_meta import GENERATIONS, publish, random_state
+from test_model import build
 
 from puna.checkpoint import convert as module
 from puna.checkpoint.convert import convert
 from puna.checkpoint.registry import open_model
-from puna.errors import CheckpointError, PunaError, ResourceError, UsageError
+from puna.errors import CheckpointError, NumericError, PunaError, ResourceError, UsageError
+from puna.infer.llama import Llama
 from puna.tokenizer.tokenizer import Tokenizer
 
 TARGETS: list[tuple[str, str, dict[str, Any]]] = [
@@ -146,6 +148,21 @@ def test_old_weights_of_hugging_face_are_read_as_data(model: Path, tmp_path: Pat
     assert again.problems() == []
     originals = {name: state[name if name == "lm_head.weight" else f"model.{name}"] for name in stored.weights}
     assert all(torch.equal(again.weights[name].read(), tensor) for name, tensor in originals.items())
+
+
+@pytest.mark.parametrize("to", ["hf", "meta"])
+def test_a_weight_that_fp16_cannot_hold_is_named(to: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """1e5 is infinite in fp16: a model of NaN, written with exit code 0, where GGUF refuses the same weight."""
+    model = build(GENERATIONS["2"])
+    model.layers[1].mlp.up_proj.weight.data[5, 7] = 1e5
+    llama = Llama(model, Tokenizer(tokenizer_folder), tmp_path, [])
+    llama.save(tmp_path / "wide", "fp32")
+    with pytest.raises(NumericError, match=r"layers\.1\.mlp\.up_proj\.weight: .*float16"):
+        convert(tmp_path / "wide", tmp_path / "narrow", to, dtype="fp16")
+    with pytest.raises(NumericError, match=r"layers\.1\.mlp\.up_proj\.weight: .*float16"):
+        llama.save(tmp_path / "narrow", "fp16")  # as puna merge does
+    assert not (tmp_path / "narrow").exists()
+    assert open_model(convert(tmp_path / "wide", tmp_path / "bf16", to, dtype="bf16")).storage == "BF16"
 
 
 def test_the_verb(model: Path, tmp_path: Path) -> None:
