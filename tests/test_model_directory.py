@@ -261,6 +261,18 @@ def test_a_missing_shard_is_named(written: Path, tmp_path: Path) -> None:
         open_model_directory(folder)
 
 
+def test_two_models_in_one_folder_are_refused(written: Path, tmp_path: Path) -> None:
+    """A model saved over a sharded one: transformers opened the new weights under our name for the old ones."""
+    shutil.copytree(written, folder := tmp_path / "m")
+    whole = {n: t for file in folder.glob("model-*") for n, t in load_file(file).items()}
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"two models: model\.safetensors"):
+        open_model_directory(folder)
+    index = {"weight_map": dict.fromkeys(whole, "model.safetensors")}  # an index of the one file is no second model
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same(open_model_directory(folder), open_model_directory(written))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_expected_shapes_are_those_of_the_model(case: str) -> None:
     """They are made of one layer: a model whose layers differ would be checked against another one."""
