@@ -81,6 +81,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two thetas": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "contradict"),
     "two scalings": ({"rope_scaling": {"rope_type": "llama3", **LLAMA3},
                       "rope_parameters": {"rope_type": "llama3", **LLAMA3, "factor": 32.0}}, "contradict"),
+    "a theta in quotes": ({"rope_theta": "500000.0"}, "rope_theta is '500000.0'"),
+    "a theta in quotes, new": ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6'"),
+    "a theta of zero": ({"rope_theta": 0}, "rope_theta is 0"),
+    "a theta that is true": ({"rope_theta": True}, "rope_theta is True"),
     "no width": ({"hidden_size": WITHOUT}, "missing: hidden_size"),
 }  # fmt: skip
 
