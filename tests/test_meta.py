@@ -272,13 +272,16 @@ def test_params_that_cannot_be_are_refused(case: str, tmp_path: Path) -> None:
         open_meta(folder).check()
 
 
-@pytest.mark.parametrize("context", [-7, 0, 2**31, True, "8192"])
-def test_a_context_that_cannot_be_is_refused(context: Any, tmp_path: Path) -> None:
-    """puna.json says what params.json has no place for; a length of -7 was believed."""
+@pytest.mark.parametrize(
+    "said",
+    [*({"max_seq_len": n} for n in (-7, 0, 2**31, True, "8192")), *({"stop_ids": i} for i in (7, ["7"], [600], [-1]))],
+)
+def test_a_puna_json_that_cannot_be_is_refused(said: dict[str, Any], tmp_path: Path) -> None:
+    """It says what params.json has no place for; a context of -7 was believed."""
     config = GENERATIONS["3"]
     folder = publish(tmp_path / "m", random_state(config), config, 1, by_rows=True)
-    (folder / "puna.json").write_text(json.dumps({"max_seq_len": context}))
-    with pytest.raises(CheckpointError, match="max_seq_len is"):
+    (folder / "puna.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=f"{next(iter(said))} (is|are)"):
         open_meta(folder)
 
 

@@ -67,7 +67,9 @@ def write_meta(
     write_json(folder / PARAMS, write_params(config, max(config.n_kv_heads, shards)))
     _write_tokenizer(folder, tokenizer, sentencepiece or tiktoken_ranks(tokenizer))
     _write_checklist(folder)
-    write_lineage(folder, {**lineage, "max_seq_len": config.max_seq_len})
+    if unseen := [id for id in stored.stop_ids if id not in tokenizer.stop_ids]:
+        log.warning("stop ids %s: Meta's format has no place for them, others than puna will not stop there", unseen)
+    write_lineage(folder, {**lineage, "max_seq_len": config.max_seq_len, "stop_ids": list(stored.stop_ids)})
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: bytes | None) -> None:
