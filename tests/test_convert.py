@@ -16,9 +16,11 @@ from test_model import build
 
 from puna.checkpoint import convert as module
 from puna.checkpoint.convert import convert
+from puna.checkpoint.inspect import inspect
+from puna.checkpoint.model_directory import write_model_directory
 from puna.checkpoint.registry import open_model
-from puna.errors import CheckpointError, NumericError, PunaError, ResourceError, UsageError
-from puna.infer.llama import Llama
+from puna.errors import CheckpointError, DataError, NumericError, PunaError, ResourceError, UsageError
+from puna.infer.llama import Llama, load
 from puna.tokenizer.tokenizer import Tokenizer
 
 TARGETS: list[tuple[str, str, dict[str, Any]]] = [
@@ -163,6 +165,26 @@ def test_a_weight_that_fp16_cannot_hold_is_named(to: str, tokenizer_folder: Path
         llama.save(tmp_path / "narrow", "fp16")  # as puna merge does
     assert not (tmp_path / "narrow").exists()
     assert open_model(convert(tmp_path / "wide", tmp_path / "bf16", to, dtype="bf16")).storage == "BF16"
+
+
+def test_a_tokenizer_without_bos_is_none_the_worse(model: Path, tmp_path: Path) -> None:
+    """`"bos_token": null` is legal and common; all weights were written before it was refused, and nothing was said."""
+    folder = shutil.copytree(model, tmp_path / "meta")
+    settings = folder / "tokenizer_config.json"
+    named = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**named, "bos_token": None}))
+    hf = convert(folder, tmp_path / "hf", "hf")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((hf / name).read_text())["bos_token_id"] is None
+    assert inspect(hf)["tokenizer"].startswith("600 ids, no BOS, EOS ")
+    llama = load(convert(hf, tmp_path / "m.gguf"), dtype="fp32", device="cpu")
+    assert llama.encode("a llama") == llama.tokenizer.encode("a llama")
+    settings.write_text(json.dumps({**named, "eos_token": None}))
+    written: list[str] = []
+    (tmp_path / "new").mkdir()
+    with pytest.raises(DataError, match="eos_token is None"):
+        write_model_directory(open_model(folder), tmp_path / "new", None, {}, written.append)
+    assert not written
 
 
 def test_the_verb(model: Path, tmp_path: Path) -> None:

@@ -137,9 +137,10 @@ def _tokenizer(tokenizer: Tokenizer, more_stops: Any) -> dict[str, Any]:
     shown = list(control.items())[:8]
     more = f", and {len(control) - len(shown)} more" if len(control) > len(shown) else ""
     stops = dict.fromkeys([*tokenizer.stop_ids, *more_stops])
+    named = {key: tokenizer.named_id(f"{key.lower()}_token") for key in ("BOS", "EOS")}
+    ends = (f"{key} {id} {tokenizer.token(id)}" if id is not None else f"no {key}" for key, id in named.items())
     return {
-        "tokenizer": f"{tokenizer.vocab_size:,} ids, BOS {tokenizer.bos_id} {tokenizer.token(tokenizer.bos_id)}, "
-        f"EOS {tokenizer.eos_id} {tokenizer.token(tokenizer.eos_id)}, {tokenizer.fingerprint[:19]}",
+        "tokenizer": f"{tokenizer.vocab_size:,} ids, {', '.join(ends)}, {tokenizer.fingerprint[:19]}",
         "control": ", ".join(f"{token} {i}" for token, i in shown) + more,
         "stops": ", ".join(f"{i} {tokenizer.token(i)}" for i in stops),
         **_template(tokenizer.files.get("chat_template.jinja")),

@@ -43,8 +43,8 @@ def save_model(
     if rank():
         return
     weights = {n: Weight(tuple(t.shape), t.dtype, partial(tensors.pop, n)) for n, t in tensors.items()}
-    write_weights(folder, weights, lambda name: None)
     _write_beside(folder, model.config, dtype, tokenizer, stop_ids, lineage)
+    write_weights(folder, weights, lambda name: None)
 
 
 def write_model_directory(
@@ -64,9 +64,9 @@ def write_model_directory(
     tokenizer = stored.read_tokenizer()
     target = DTYPES[dtype] if dtype else torch.bfloat16 if stored.quantized else None
     weights = {to_disk_name(n): _cast(stored.weights[n], target, n) for n in expected_shapes(stored.config)}
-    write_weights(folder, weights, progress)
     main = max(weights.values(), key=lambda weight: weight.nbytes).dtype
     _write_beside(folder, stored.config, main, tokenizer, stored.stop_ids, lineage)
+    write_weights(folder, weights, progress)
 
 
 def open_model_directory(folder: Path, open_bin: OpenFile | None = None) -> Stored:
@@ -143,10 +143,11 @@ def _write_beside(
     folder: Path, config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer, stop_ids: Sequence[int],
     lineage: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """What a model directory holds beside its weights."""
-    write_json(folder / "config.json", to_hf_config(config, dtype, tokenizer.bos_id, tokenizer.eos_id))
+    """What a model directory holds beside its weights; written before them, for it may be refused."""
+    bos = tokenizer.named_id("bos_token")
+    write_json(folder / "config.json", to_hf_config(config, dtype, bos, tokenizer.eos_id))
     stops = list(dict.fromkeys([*tokenizer.stop_ids, *stop_ids]))
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "do_sample": True}
+    generation = {"bos_token_id": bos, "eos_token_id": stops, "do_sample": True}
     write_json(folder / "generation_config.json", generation)
     tokenizer.save(folder)
     write_lineage(folder, lineage)

@@ -55,7 +55,7 @@ def from_disk_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def to_hf_config(config: ModelConfig, dtype: torch.dtype, bos_id: int, eos_id: int) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig, dtype: torch.dtype, bos_id: int | None, eos_id: int) -> dict[str, Any]:
     """config.json of a LlamaForCausalLM, with the keys that old and new readers know."""
     values = {disk: getattr(config, ours) for ours, disk in _KEYS.items()}
     scaling = None
