@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 
 from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import WEIGHTS, adapter_config, base_of
-from puna.checkpoint.registry import as_path, find_model, holds_model, open_model
+from puna.checkpoint.registry import find_model, holds_model, open_model
 from puna.checkpoint.stored import Stored
 from puna.errors import CheckpointError, DataError, PunaError
-from puna.files import MANIFEST, read_manifest
+from puna.files import MANIFEST, as_path, read_manifest
 from puna.lineage import fingerprint, parents_of, read_lineage
 from puna.model.config import ModelConfig, count_parameters
 from puna.model.presets import PRESETS
