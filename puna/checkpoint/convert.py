@@ -10,7 +10,7 @@ from puna.checkpoint.gguf.blocks import LAYOUTS
 from puna.checkpoint.gguf.model import gguf_name
 from puna.checkpoint.gguf.types import file_type, storage
 from puna.checkpoint.gguf.write import write_gguf
-from puna.checkpoint.llama2c import write_llama2c
+from puna.checkpoint.llama2c import group, write_llama2c
 from puna.checkpoint.meta.write import check_shards, write_meta
 from puna.checkpoint.model_directory import write_model_directory
 from puna.checkpoint.names import DTYPES
@@ -23,7 +23,7 @@ from puna.lineage import lineage
 from puna.log import Progress
 
 _OPTIONS = {"hf": {"dtype"}, "meta": {"dtype", "shards"}, "gguf": {"kind"}, "llama2.c": {"kind"}}
-_LLAMA2C = {"v0": 4.0, "v1": 4.0, "v2": 1.125}  # bytes of a weight; v2 has at least 32 int8 to a scale
+_LLAMA2C = {"v0": 4.0, "v1": 4.0, "v2": 1.0}  # bytes of a weight; v2 has a scale for each group besides
 
 
 def convert(
@@ -109,7 +109,7 @@ def _size(stored: Stored, format: Format, dtype: str | None, kind: str) -> int:
             layout = LAYOUTS[storage(gguf_name(name), shape, kind, stored.config)]
             total += prod(shape) / layout.weights * layout.size
         elif format == "llama2.c":
-            total += prod(shape) * _LLAMA2C[kind]
+            total += prod(shape) * (_LLAMA2C[kind] + (4 / group(stored.config) if kind == "v2" else 0))
         else:
             width = DTYPES[dtype].itemsize if dtype else 2 if stored.quantized else stored.weights[name].dtype.itemsize
             total += prod(shape) * width

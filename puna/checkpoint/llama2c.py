@@ -93,7 +93,7 @@ def write_llama2c(
     """
     stored.check()
     _refuse_what_llama2c_does_not_compute(stored, version)
-    head = _Head(version, stored.config, _group(stored.config) if version == 2 else _FP32)
+    head = _Head(version, stored.config, group(stored.config) if version == 2 else _FP32)
     with file.open("wb") as out:
         out.write(_header(head))
         for place in _places(head):
@@ -221,7 +221,7 @@ def _rope_tables(config: ModelConfig) -> np.ndarray:
     return np.stack((np.cos(angles), np.sin(angles))).astype("<f4")
 
 
-def _group(config: ModelConfig) -> int:
+def group(config: ModelConfig) -> int:
     """The largest of 64, 32, ... that divides all rows: a product over a row works group by group."""
     return math.gcd(config.dim, config.ffn_dim, 64)
 

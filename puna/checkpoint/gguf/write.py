@@ -46,7 +46,7 @@ def write_gguf(
     """Write `stored` with its tokenizer, chat template and lineage inside.
 
     Args:
-        kind: F32, F16, BF16, Q8_0, Q4_0 or Q4_K_M: what the matrices are stored in (see `gguf_types`).
+        kind: F32, F16, BF16, Q8_0, Q4_0 or Q4_K_M: what the matrices are stored in (see `types`).
         lineage: what puna.json holds elsewhere, as the metadata key puna.lineage.
         progress: called with our name of every tensor that is written.
 
@@ -107,7 +107,7 @@ def _metadata(stored: Stored, kind: str) -> dict[str, Any]:
     return {
         "general.architecture": "llama",
         "general.type": "model",
-        "general.name": stored.path.stem,
+        "general.name": _called(stored.path.absolute()),
         "general.quantization_version": 2,
         "general.file_type": FILE_TYPES[kind].number,
         "llama.vocab_size": config.vocab_size,
@@ -125,6 +125,13 @@ def _metadata(stored: Stored, kind: str) -> dict[str, Any]:
         **(scaling_metadata(config.rope_scaling) if config.rope_scaling else {}),
         **_vocabulary(stored, config),
     }
+
+
+def _called(place: Path) -> str:
+    """What people call the model at `place`: a snapshot by its repository, `final` by its run."""
+    if place.parent.name == "snapshots":
+        return place.parent.parent.name.rpartition("--")[2]
+    return place.parent.name if place.name == "final" else place.name.removesuffix(".gguf").removesuffix(".bin")
 
 
 def _vocabulary(stored: Stored, config: ModelConfig) -> dict[str, Any]:
