@@ -208,6 +208,22 @@ def test_the_space_of_a_llama2c_file_is_its_size(tokenizer_folder: Path, tmp_pat
     assert asked >= 0.99 * convert(tmp_path / "m", tmp_path / "m.bin", "llama2.c", kind="v2").stat().st_size
 
 
+@pytest.mark.parametrize(("to", "name", "more"), TARGETS)
+def test_owned_weights_belong_to_one_reader(
+    to: str, name: str, more: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    """Tensors that are made when they are read were copied again for the model; one of the file's may not be kept."""
+    stored = open_model(convert(model, tmp_path / name, to, **more))
+    made = {n for n, w in stored.weights.items() if w.owned}
+    assert made == (set(stored.weights) if to != "meta" else {n for n in stored.weights if "norm" not in n})
+    for weight in stored.weights.values():
+        if weight.owned:
+            before = weight.read()
+            (mine := weight.read()).zero_()
+            assert torch.equal(weight.read(), before)
+            assert mine.data_ptr() != before.data_ptr()
+
+
 def test_the_verb(model: Path, tmp_path: Path) -> None:
     """A command line that says nothing of what went wrong, or prints more than the place of the result."""
     words = [
