@@ -12,11 +12,15 @@ import pytest
 import torch
 from command_line import puna_forked
 from test_meta import GENERATIONS, publish, random_state
+from test_model import build
 
 from puna.checkpoint import convert as module
 from puna.checkpoint.convert import convert
-from puna.checkpoint.registry import open_model
-from puna.errors import CheckpointError, PunaError, ResourceError, UsageError
+from puna.checkpoint.inspect import inspect
+from puna.checkpoint.model_directory import write_model_directory
+from puna.checkpoint.registry import load_tokenizer, open_model
+from puna.errors import CheckpointError, DataError, NumericError, PunaError, ResourceError, UsageError
+from puna.infer.llama import Llama, load
 from puna.tokenizer.tokenizer import Tokenizer
 
 TARGETS: list[tuple[str, str, dict[str, Any]]] = [
@@ -93,6 +97,15 @@ def test_llama2c_is_a_way_out_and_in(model: Path, tmp_path: Path) -> None:
     assert all(torch.equal(again.weights[n].read(), w.read().float()) for n, w in stored.weights.items())
 
 
+def test_what_is_written_can_be_opened(model: Path, tmp_path: Path) -> None:
+    """A GGUF without its suffix was "no model here", and a folder that ends in .gguf "is a directory"."""
+    file = convert(model, tmp_path / "Llama-3.2", "gguf")
+    assert open_model(file).format == "gguf"
+    assert load_tokenizer(file).fingerprint == open_model(file).read_tokenizer().fingerprint
+    folder = convert(model, tmp_path / "hf", "hf").rename(tmp_path / "hf.gguf")
+    assert open_model(folder).format == "hf"
+
+
 def refused(model: Path, target: Path, to: str | None, **more: Any) -> PunaError:
     with pytest.raises(PunaError) as told:
         convert(model, target, to, **more)
@@ -114,8 +127,12 @@ def test_what_cannot_be_is_told_before_the_first_byte(
         (refused(model, new, "meta", kind="F16"), UsageError, "--kind means nothing for meta"),
         (refused(model, new, "hf", dtype="bf61"), UsageError, "`bf61` is not a dtype"),
         (refused(model, new, "gguf", kind="Q9"), UsageError, "Q9"),
-        (refused(model, new, "llama2.c", kind="v3"), UsageError, "no version of llama2.c"),
+        (refused(model, tmp_path / "new.bin", "llama2.c", kind="v3"), UsageError, "no version of llama2.c"),
         (refused(model, new, "meta", shards=3), UsageError, "cut into 3 shards"),
+        (refused(model, tmp_path / "new.gguf", "hf"), UsageError, "new.gguf is no name for hf"),
+        (refused(model, tmp_path / "new.bin", "meta"), UsageError, "new.bin is no name for meta"),
+        (refused(model, tmp_path / "new.bin", "gguf"), UsageError, "new.bin is no name for gguf"),
+        (refused(model, new, "llama2.c"), UsageError, "try: new.bin"),
         (refused(tmp_path / "there", new, "hf"), CheckpointError, "no model here"),
     ]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
@@ -146,6 +163,65 @@ def test_old_weights_of_hugging_face_are_read_as_data(model: Path, tmp_path: Pat
     assert again.problems() == []
     originals = {name: state[name if name == "lm_head.weight" else f"model.{name}"] for name in stored.weights}
     assert all(torch.equal(again.weights[name].read(), tensor) for name, tensor in originals.items())
+
+
+@pytest.mark.parametrize("to", ["hf", "meta"])
+def test_a_weight_that_fp16_cannot_hold_is_named(to: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """1e5 is infinite in fp16: a model of NaN, written with exit code 0, where GGUF refuses the same weight."""
+    model = build(GENERATIONS["2"])
+    model.layers[1].mlp.up_proj.weight.data[5, 7] = 1e5
+    llama = Llama(model, Tokenizer(tokenizer_folder), tmp_path, [])
+    llama.save(tmp_path / "wide", "fp32")
+    with pytest.raises(NumericError, match=r"layers\.1\.mlp\.up_proj\.weight: .*float16"):
+        convert(tmp_path / "wide", tmp_path / "narrow", to, dtype="fp16")
+    with pytest.raises(NumericError, match=r"layers\.1\.mlp\.up_proj\.weight: .*float16"):
+        llama.save(tmp_path / "narrow", "fp16")  # as puna merge does
+    assert not (tmp_path / "narrow").exists()
+    assert open_model(convert(tmp_path / "wide", tmp_path / "bf16", to, dtype="bf16")).storage == "BF16"
+
+
+def test_a_tokenizer_without_bos_is_none_the_worse(model: Path, tmp_path: Path) -> None:
+    """`"bos_token": null` is legal and common; all weights were written before it was refused, and nothing was said."""
+    folder = shutil.copytree(model, tmp_path / "meta")
+    settings = folder / "tokenizer_config.json"
+    named = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**named, "bos_token": None}))
+    hf = convert(folder, tmp_path / "hf", "hf")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((hf / name).read_text())["bos_token_id"] is None
+    assert inspect(hf)["tokenizer"].startswith("600 ids, no BOS, EOS ")
+    llama = load(convert(hf, tmp_path / "m.gguf"), dtype="fp32", device="cpu")
+    assert llama.encode("a llama") == llama.tokenizer.encode("a llama")
+    settings.write_text(json.dumps({**named, "eos_token": None}))
+    written: list[str] = []
+    (tmp_path / "new").mkdir()
+    with pytest.raises(DataError, match="eos_token is None"):
+        write_model_directory(open_model(folder), tmp_path / "new", None, {}, written.append)
+    assert not written
+
+
+def test_the_space_of_a_llama2c_file_is_its_size(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """int8 groups of 4 need 2 bytes a weight; 1.125 were asked for, and the disk was full in the middle."""
+    config = GENERATIONS["2"].model_copy(update={"dim": 60, "n_heads": 2, "n_kv_heads": 2, "head_dim": 30})
+    Llama(build(config), Tokenizer(tokenizer_folder), tmp_path, []).save(tmp_path / "m", "fp32")
+    asked = module._size(open_model(tmp_path / "m"), "llama2.c", None, "v2")
+    assert asked >= 0.99 * convert(tmp_path / "m", tmp_path / "m.bin", "llama2.c", kind="v2").stat().st_size
+
+
+@pytest.mark.parametrize(("to", "name", "more"), TARGETS)
+def test_owned_weights_belong_to_one_reader(
+    to: str, name: str, more: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    """Tensors that are made when they are read were copied again for the model; one of the file's may not be kept."""
+    stored = open_model(convert(model, tmp_path / name, to, **more))
+    made = {n for n, w in stored.weights.items() if w.owned}
+    assert made == (set(stored.weights) if to != "meta" else {n for n in stored.weights if "norm" not in n})
+    for weight in stored.weights.values():
+        if weight.owned:
+            before = weight.read()
+            (mine := weight.read()).zero_()
+            assert torch.equal(weight.read(), before)
+            assert mine.data_ptr() != before.data_ptr()
 
 
 def test_the_verb(model: Path, tmp_path: Path) -> None:

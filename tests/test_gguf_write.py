@@ -1,6 +1,7 @@
 """GGUF out: the reference's bytes, llama.cpp's choice of types, and the same text in llama.cpp."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -16,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import puna
 from puna.checkpoint.gguf import write as gguf_write
 from puna.checkpoint.gguf.blocks import LAYOUTS, Ggml, dequantize
+from puna.checkpoint.gguf.file import open_gguf
 from puna.checkpoint.gguf.model import open_gguf_model
 from puna.checkpoint.gguf.quantize import quantize
 from puna.checkpoint.gguf.rope import rope_divisors, rope_scaling
@@ -119,6 +121,19 @@ def test_weights_that_cannot_be_stored_are_named(stored: Stored, tmp_path: Path)
         Llama(model, stored.read_tokenizer(), tmp_path, []).save(tmp_path / kind, dtype="fp32")
         with pytest.raises(NumericError, match=rf"layers\.3\.mlp\.up_proj\.weight(.|\n)*{match}"):
             written(open_model(tmp_path / kind), tmp_path / "bad.gguf", kind)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("Llama-3.2-1B", "Llama-3.2-1B"), ("models--a--Llama-3.2-1B/snapshots/0f4c2", "Llama-3.2-1B"),
+        ("runs/tiny-1.5/final", "tiny-1.5"), ("Llama-3.2.gguf", "Llama-3.2"),
+    ],
+)  # fmt: skip
+def test_the_name_inside_is_the_models(place: str, name: str, stored: Stored, tmp_path: Path) -> None:
+    """Servers list models by it: `Llama-3.2-1B` became "Llama-3", hub models a commit's hash, runs "final"."""
+    file = written(replace(stored, path=tmp_path / place), tmp_path / "m.gguf", "Q8_0")
+    assert open_gguf(file).metadata["general.name"] == name
 
 
 @pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b", "llama3.1-8b", "llama3.2-1b"])

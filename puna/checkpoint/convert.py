@@ -10,7 +10,7 @@ from puna.checkpoint.gguf.blocks import LAYOUTS
 from puna.checkpoint.gguf.model import gguf_name
 from puna.checkpoint.gguf.types import file_type, storage
 from puna.checkpoint.gguf.write import write_gguf
-from puna.checkpoint.llama2c import write_llama2c
+from puna.checkpoint.llama2c import group, write_llama2c
 from puna.checkpoint.meta.write import check_shards, write_meta
 from puna.checkpoint.model_directory import write_model_directory
 from puna.checkpoint.names import DTYPES
@@ -18,12 +18,12 @@ from puna.checkpoint.registry import open_model
 from puna.checkpoint.stored import Format, Stored, expected_shapes
 from puna.config import nearest
 from puna.errors import UsageError
-from puna.files import atomic_file, atomic_folder, require_space
+from puna.files import as_path, atomic_file, atomic_folder, require_space
 from puna.lineage import lineage
 from puna.log import Progress
 
 _OPTIONS = {"hf": {"dtype"}, "meta": {"dtype", "shards"}, "gguf": {"kind"}, "llama2.c": {"kind"}}
-_LLAMA2C = {"v0": 4.0, "v1": 4.0, "v2": 1.125}  # bytes of a weight; v2 has at least 32 int8 to a scale
+_LLAMA2C = {"v0": 4.0, "v1": 4.0, "v2": 1.0}  # bytes of a weight; v2 has a scale for each group besides
 
 
 def convert(
@@ -40,11 +40,11 @@ def convert(
         shards: how many files Meta's layout has; default: 1.
 
     Raises:
-        UsageError: `target` exists, or something is asked for that the format does not have.
+        UsageError: `target` exists or has a name of another format, or something is asked for that `to` does not have.
         CheckpointError: no model, a damaged one, or an adapter, which is to be merged first.
         ResourceError: the disk has no room for it.
     """
-    target = Path(target).expanduser()
+    target = as_path(target)
     format = _format(to, target)
     _check_options(format, {"dtype": dtype, "kind": kind, "shards": shards})
     if target.exists():
@@ -77,6 +77,10 @@ def _format(to: str | None, target: Path) -> Format:
         raise UsageError("which format?", where=target, fix=" or ".join(f"--to {name}" for name in known))
     if to not in known:
         raise UsageError(f"no format `{to}`{nearest(to, list(known))}", where="--to", fix=", ".join(known))
+    meant = {".gguf": "gguf", ".bin": "llama2.c"}.get(target.suffix)  # by their names files are told apart
+    if (meant and meant != to) or (to == "llama2.c" and meant is None):
+        fix = f"--to {meant}, or another name" if meant else f"{target.name}.bin"
+        raise UsageError(f"{target.name} is no name for {to}: it could not be opened again", where=target, fix=fix)
     return next(name for name in known if name == to)
 
 
@@ -105,7 +109,7 @@ def _size(stored: Stored, format: Format, dtype: str | None, kind: str) -> int:
             layout = LAYOUTS[storage(gguf_name(name), shape, kind, stored.config)]
             total += prod(shape) / layout.weights * layout.size
         elif format == "llama2.c":
-            total += prod(shape) * _LLAMA2C[kind]
+            total += prod(shape) * (_LLAMA2C[kind] + (4 / group(stored.config) if kind == "v2" else 0))
         else:
             width = DTYPES[dtype].itemsize if dtype else 2 if stored.quantized else stored.weights[name].dtype.itemsize
             total += prod(shape) * width

@@ -1,19 +1,20 @@
 """What lies at a path, told from headers and small files: no weight is read."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import WEIGHTS, adapter_config, base_of
-from puna.checkpoint.registry import as_path, find_model, open_model
+from puna.checkpoint.registry import find_model, holds_model, open_model
+from puna.checkpoint.safetensors_file import read_header
 from puna.checkpoint.stored import Stored
+from puna.checkpoint.weight_files import inside
 from puna.errors import CheckpointError, DataError, PunaError
-from puna.files import MANIFEST, read_manifest
+from puna.files import MANIFEST, as_path, read_manifest
 from puna.lineage import fingerprint, parents_of, read_lineage
 from puna.model.config import ModelConfig, count_parameters
 from puna.model.presets import PRESETS
@@ -34,7 +35,7 @@ def inspect(name: str | Path) -> dict[str, Any]:
     place = as_path(name)
     if (place / "index.json").exists():
         raise DataError("token shards, not a model", where=place, fix=f"puna data stats {place}")
-    if (place / "tokenizer.json").exists() and not any((place / f).exists() for f in ("config.json", ADAPTER)):
+    if (place / "tokenizer.json").exists() and not holds_model(place):
         return {"path": str(place), "format": "tokenizer", **_tokenizer(Tokenizer(place), []), **_around(place)}
     found = find_model(name)
     run = {"run": f"{place}; puna runs show {place}"} if (place / "resolved.yaml").exists() else {}
@@ -120,15 +121,12 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
 
 def _adapter_weights(folder: Path) -> dict[str, Any]:
-    path = folder / WEIGHTS
     try:
-        with safe_open(path, framework="numpy") as file:
-            parts = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
-            kinds = Counter(part.get_dtype() for part in parts)
-            count = sum(_product(part.get_shape()) for part in parts)
-    except (OSError, SafetensorError) as error:
-        return {"weights": f"cannot be read: {error}"}
-    size = path.stat().st_size / 1e6
+        entries = read_header(path := inside(folder, WEIGHTS)).entries.values()
+    except CheckpointError as error:
+        return {"weights": f"cannot be read: {error.what}"}
+    kinds = Counter(entry.dtype for entry in entries)
+    count, size = sum(math.prod(entry.shape) for entry in entries), path.stat().st_size / 1e6
     return {"parameters": count, "weights": _counted(kinds), "files": [f"{WEIGHTS}  {size:,.1f} MB"]}
 
 
@@ -137,9 +135,10 @@ def _tokenizer(tokenizer: Tokenizer, more_stops: Any) -> dict[str, Any]:
     shown = list(control.items())[:8]
     more = f", and {len(control) - len(shown)} more" if len(control) > len(shown) else ""
     stops = dict.fromkeys([*tokenizer.stop_ids, *more_stops])
+    named = {key: tokenizer.named_id(f"{key.lower()}_token") for key in ("BOS", "EOS")}
+    ends = (f"{key} {id} {tokenizer.token(id)}" if id is not None else f"no {key}" for key, id in named.items())
     return {
-        "tokenizer": f"{tokenizer.vocab_size:,} ids, BOS {tokenizer.bos_id} {tokenizer.token(tokenizer.bos_id)}, "
-        f"EOS {tokenizer.eos_id} {tokenizer.token(tokenizer.eos_id)}, {tokenizer.fingerprint[:19]}",
+        "tokenizer": f"{tokenizer.vocab_size:,} ids, {', '.join(ends)}, {tokenizer.fingerprint[:19]}",
         "control": ", ".join(f"{token} {i}" for token, i in shown) + more,
         "stops": ", ".join(f"{i} {tokenizer.token(i)}" for i in stops),
         **_template(tokenizer.files.get("chat_template.jinja")),
@@ -194,10 +193,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return f"factor {value['factor']:g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _product(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

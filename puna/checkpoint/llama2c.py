@@ -30,6 +30,7 @@ _HEADER = {0: 28, 1: 256, 2: 256}
 _THETA, _EPS = 10000.0, 1e-5
 _MAX_LAYERS = 1 << 11
 _FP32 = 0
+_CHUNK = 1 << 20  # weights rounded at once: 4 MB beside a tensor
 
 
 class _Head(NamedTuple):
@@ -93,7 +94,7 @@ def write_llama2c(
     """
     stored.check()
     _refuse_what_llama2c_does_not_compute(stored, version)
-    head = _Head(version, stored.config, _group(stored.config) if version == 2 else _FP32)
+    head = _Head(version, stored.config, group(stored.config) if version == 2 else _FP32)
     with file.open("wb") as out:
         out.write(_header(head))
         for place in _places(head):
@@ -178,14 +179,14 @@ def _weight(data: mmap.mmap, place: _Place, head_dim: int, path: Path) -> Weight
         weight = torch.from_numpy(_dequantized(raw, place, path)).view(place.shape)
         return to_halves(weight, head_dim) if is_rotated(place.name) else weight
 
-    return Weight(place.shape, torch.float32, read, quantized=bool(place.group))
+    return Weight(place.shape, torch.float32, read, owned=True, quantized=bool(place.group))
 
 
 def _dequantized(raw: np.ndarray, place: _Place, path: Path) -> np.ndarray:
     if not place.group:
-        return np.frombuffer(raw.tobytes(), "<f4").copy()
+        return raw.view("<f4").copy()
     count = math.prod(place.shape)
-    scales = np.frombuffer(raw[count:].tobytes(), "<f4")
+    scales = raw[count:].view("<f4")
     if not np.isfinite(scales).all():
         raise _wrong(f"{place.name}: a scale is not finite", path)
     return (raw[:count].view(np.int8).reshape(-1, place.group) * scales[:, None]).reshape(-1)
@@ -195,12 +196,15 @@ def _write_weight(out: BinaryIO, weight: Tensor, place: _Place, head_dim: int) -
     weight = to_neighbours(weight, head_dim) if is_rotated(place.name) else weight
     values = weight.float().contiguous().numpy()
     if not place.group:
-        out.write(values.astype("<f4").tobytes())
+        out.write(values.astype("<f4", copy=False).data)
         return
     groups = values.reshape(-1, place.group)
-    scales = np.abs(groups).max(axis=1, keepdims=True) / np.float32(127)
-    out.write(np.rint(groups / np.where(scales == 0, np.float32(1), scales)).astype(np.int8).tobytes())
-    out.write(scales.astype("<f4").tobytes())
+    scales = np.empty((len(groups), 1), "<f4")
+    for at in range(0, len(groups), step := max(_CHUNK // place.group, 1)):
+        part = groups[at : at + step]
+        scale = scales[at : at + step] = np.abs(part).max(axis=1, keepdims=True) / np.float32(127)
+        out.write(np.rint(part / np.where(scale == 0, np.float32(1), scale)).astype(np.int8).data)
+    out.write(scales.data)
 
 
 def _header(head: _Head) -> bytes:
@@ -221,7 +225,7 @@ def _rope_tables(config: ModelConfig) -> np.ndarray:
     return np.stack((np.cos(angles), np.sin(angles))).astype("<f4")
 
 
-def _group(config: ModelConfig) -> int:
+def group(config: ModelConfig) -> int:
     """The largest of 64, 32, ... that divides all rows: a product over a row works group by group."""
     return math.gcd(config.dim, config.ffn_dim, 64)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from puna.checkpoint.names import DTYPES, from_disk_name, from_hf_config, to_disk_name, to_hf_config
 from puna.checkpoint.stored import Stored, Weight, expected_shapes
 from puna.checkpoint.weight_files import OpenFile, inside, open_weights, read_json, storage, weight_files, write_weights
+from puna.device import cast
 from puna.dist.fsdp import gathered
 from puna.errors import CheckpointError
 from puna.files import write_json
@@ -31,6 +32,9 @@ def save_model(
         save_dtype: fp32, bf16, fp16 or fp64: what the weights are stored in.
         lineage: what this model was made from: recipe, parents, data fingerprint, metrics.
         stop_ids: beyond the tokenizer's own, what the directory it came from listed.
+
+    Raises:
+        NumericError: a weight that `save_dtype` cannot hold.
     """
     dtype = DTYPES[save_dtype]
     tied = model.config.tie_embeddings
@@ -39,8 +43,8 @@ def save_model(
     if rank():
         return
     weights = {n: Weight(tuple(t.shape), t.dtype, partial(tensors.pop, n)) for n, t in tensors.items()}
-    write_weights(folder, weights, lambda name: None)
     _write_beside(folder, model.config, dtype, tokenizer, stop_ids, lineage)
+    write_weights(folder, weights, lambda name: None)
 
 
 def write_model_directory(
@@ -54,14 +58,15 @@ def write_model_directory(
 
     Raises:
         CheckpointError: tensors that do not fit the config, or cannot be read.
+        NumericError: a weight that `dtype` cannot hold.
     """
     stored.check()
     tokenizer = stored.read_tokenizer()
     target = DTYPES[dtype] if dtype else torch.bfloat16 if stored.quantized else None
-    weights = {to_disk_name(n): _cast(stored.weights[n], target) for n in expected_shapes(stored.config)}
-    write_weights(folder, weights, progress)
+    weights = {to_disk_name(n): _cast(stored.weights[n], target, n) for n in expected_shapes(stored.config)}
     main = max(weights.values(), key=lambda weight: weight.nbytes).dtype
     _write_beside(folder, stored.config, main, tokenizer, stored.stop_ids, lineage)
+    write_weights(folder, weights, progress)
 
 
 def open_model_directory(folder: Path, open_bin: OpenFile | None = None) -> Stored:
@@ -128,17 +133,17 @@ def _tied(embedding: Weight, head: Weight, folder: Path) -> Weight:
     return embedding._replace(read=read)
 
 
-def _cast(weight: Weight, dtype: torch.dtype | None) -> Weight:
+def _cast(weight: Weight, dtype: torch.dtype | None, name: str) -> Weight:
     if dtype in (None, weight.dtype):
         return weight
-    return Weight(weight.shape, dtype, lambda: weight.read().to(dtype))
+    return Weight(weight.shape, dtype, lambda: cast(weight.read(), dtype, name))
 
 
 def _write_beside(
     folder: Path, config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer, stop_ids: Sequence[int],
     lineage: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """What a model directory holds beside its weights."""
+    """What a model directory holds beside its weights; written before them, for it may be refused."""
     bos = tokenizer.named_id("bos_token")
     write_json(folder / "config.json", to_hf_config(config, dtype, bos, tokenizer.eos_id))
     stops = list(dict.fromkeys([*tokenizer.stop_ids, *stop_ids]))

@@ -1,6 +1,6 @@
 """ggml's storage types as fp32. Weights lie in blocks that share a scale, and in some types a minimum.
 
-Here: the table of types, plain floats, and blocks of 32 weights. `gguf_superblocks` has the blocks of 256; types made
+Here: the table of types, plain floats, and blocks of 32 weights. `superblocks` has the blocks of 256; types made
 of code books are left to the `gguf` package.
 """
 
