@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from puna.checkpoint.names import check_sizes
 from puna.errors import CheckpointError, UsageError
 from puna.model.config import ModelConfig, RopeScaling
 from puna.model.presets import PRESETS
@@ -38,10 +39,7 @@ def read_params(params: Mapping[str, Any], vocab_size: int, where: Path) -> Mode
         raise CheckpointError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=where) from None
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"its sizes are not numbers: {error}", where=where) from None
-    sizes = config.model_dump(include={*_SHAPE, "head_dim", "vocab_size", "max_seq_len"})
-    wrong = {name: size for name, size in sizes.items() if size < 1}
-    if wrong or config.head_dim % 2 or config.n_heads % config.n_kv_heads:
-        raise CheckpointError(f"no Llama has these sizes: {wrong or sizes}", where=where)
+    check_sizes(config, where, {})
     return config
 
 
