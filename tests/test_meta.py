@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,10 @@ WRONG_PARAMS: dict[str, tuple[dict[str, Any], str]] = {
     "a negative theta": ({"rope_theta": -1}, "rope_theta is -1"),
     "a theta in quotes": ({"rope_theta": "500000"}, "rope_theta is '500000'"),
     "an eps of one": ({"norm_eps": 1}, "norm_eps is 1"),
+    "an odd head": ({"head_dim": 7}, "head_dim 7 is odd"),
+    "a theta that is no number": ({"rope_theta": float("nan")}, "rope_theta is nan"),
+    "a large eps": ({"norm_eps": 2}, "norm_eps is 2"),
+    "a negative context": ({"max_seq_len": -7}, "max_seq_len is -7"),
     "no number": ({"dim": "many"}, "not numbers"),
     "no heads": ({"n_heads": 0}, "not numbers"),
     "negative": ({"n_kv_heads": -2}, "n_kv_heads is -2"),
@@ -285,6 +290,38 @@ def test_a_puna_json_that_cannot_be_is_refused(said: dict[str, Any], tmp_path: P
         open_meta(folder)
 
 
+@pytest.mark.parametrize("name", ["attention.wk", "attention.wv", "tok_embeddings", "output"])
+def test_a_scalar_for_a_matrix_is_told(name: str, tmp_path: Path) -> None:
+    """Heads counted by the rows of a number: an IndexError."""
+    config, state = GENERATIONS["3"], random_state(GENERATIONS["3"])
+    full = name if "." not in name else f"layers.0.{name}"
+    folder = publish(tmp_path / "m", state, config, 1, by_rows=True)
+    torch.save({**state, f"{full}.weight": torch.tensor(1.0)}, folder / "consolidated.00.pth")
+    with pytest.raises(CheckpointError, match=rf"no {full}\.weight that is a matrix"):
+        open_meta(folder)
+
+
+@pytest.mark.parametrize(("case", "rows"), [("tied", 0), ("copied", 600), ("untied", 64), ("heads", 64 + 3)])
+def test_what_is_compared_when_a_folder_is_opened(
+    case: str, rows: int, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`puna inspect` of Llama 3.2 1B read a gigabyte to learn that a matrix equals itself."""
+    compared, equal = [], torch.equal
+    config = GENERATIONS["3.2" if case in ("tied", "copied") else "3" if case == "untied" else "2"]
+    if case == "tied":
+        write_meta(random_model(config, tokenizer_folder), folder := tmp_path, 1, None, {}, print)
+    else:
+        folder = publish(tmp_path / "m", random_state(config), config, 4 if case == "heads" else 1, by_rows=True)
+
+    def counted(a: Tensor, b: Tensor) -> bool:
+        compared.append(len(a))
+        return equal(a, b)
+
+    monkeypatch.setattr(torch, "equal", counted)
+    assert open_meta(folder).config.tie_embeddings == config.tie_embeddings
+    assert sum(compared) <= rows
+
+
 def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
     """A download that lost a file, or two models in one folder."""
     config = GENERATIONS["3"]
@@ -302,11 +339,37 @@ def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
         open_meta(folder)
 
 
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_a_last_shard_that_is_missing_is_told(by_rows: bool, tmp_path: Path) -> None:
+    """No gap in the numbers: a line of 1,300 characters about shapes, and a wrong parameter count from inspect."""
+    config = GENERATIONS["3"]
+    folder = publish(tmp_path / "m", random_state(config), config, 4, by_rows=by_rows)
+    (folder / "consolidated.03.pth").unlink()
+    (folder / "consolidated.02.pth").unlink()
+    with pytest.raises(CheckpointError, match=r"shard 2 of 4 is missing: no consolidated\.02\.pth here"):
+        open_meta(folder)
+
+
+def test_a_tokenizer_model_that_is_copied_is_not_said_to_be_missing(
+    tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`no tokenizer.model` stood there beside a tokenizer.model."""
+    tree = Tokenizer(tokenizer_folder).parsed
+    tree["model"]["ignore_merges"] = False  # as transformers writes what it read from a GGUF
+    files = {"tokenizer.json": json.dumps(tree).encode(), "tokenizer.model": b"of another family"}
+    caplog.set_level("WARNING", "puna")
+    stored = random_model(GENERATIONS["3"], tokenizer_folder)
+    write_meta(replace(stored, read_tokenizer=lambda: Tokenizer(files)), tmp_path, 1, None, {}, lambda name: None)
+    assert (tmp_path / "tokenizer.model").read_bytes() == b"of another family"
+    assert "tokenizer.model is a copy of the source's" in caplog.text
+
+
 def test_shards_that_cannot_be_cut_are_told_before_writing(tmp_path: Path, tokenizer_folder: Path) -> None:
     """Half a conversion that ends in a shape error."""
     stored = random_model(GENERATIONS["3"], tokenizer_folder)
-    with pytest.raises(UsageError, match=r"cut into 3 shards: n_heads = 4, ffn_dim = 64"):
+    with pytest.raises(UsageError, match=r"cut into 3 shards: n_heads = 4, ffn_dim = 64") as told:
         write_meta(stored, tmp_path, 3, None, {}, print)
+    assert told.value.fix == "--shards 1 or 2 or 4"  # "another number that divides them" leaves the sum to the reader
     odd = GENERATIONS["3"].model_copy(update={"rope_scaling": RopeScaling(factor=8, original_max_seq_len=32)})
     with pytest.raises(UsageError, match="no place for this RoPE scaling"):
         write_meta(random_model(odd, tokenizer_folder), tmp_path, 1, None, {}, print)
