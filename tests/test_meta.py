@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -283,11 +284,35 @@ def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
         open_meta(folder)
 
 
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_a_last_shard_that_is_missing_is_told(by_rows: bool, tmp_path: Path) -> None:
+    """No gap in the numbers: a line of 1,300 characters about shapes, and a wrong parameter count from inspect."""
+    config = GENERATIONS["3"]
+    folder = publish(tmp_path / "m", random_state(config), config, 4, by_rows=by_rows)
+    (folder / "consolidated.03.pth").unlink()
+    (folder / "consolidated.02.pth").unlink()
+    with pytest.raises(CheckpointError, match=r"shard 2 of 4 is missing: no consolidated\.02\.pth here"):
+        open_meta(folder)
+
+
+def test_a_tokenizer_model_that_is_copied_is_not_said_to_be_missing(
+    tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`no tokenizer.model` stood there beside a tokenizer.model."""
+    files = {**Tokenizer(tokenizer_folder).files, "tokenizer.model": b"of another family"}
+    caplog.set_level("WARNING", "puna")
+    stored = random_model(GENERATIONS["3"], tokenizer_folder)
+    write_meta(replace(stored, read_tokenizer=lambda: Tokenizer(files)), tmp_path, 1, None, {}, lambda name: None)
+    assert (tmp_path / "tokenizer.model").read_bytes() == b"of another family"
+    assert "tokenizer.model is a copy of the source's" in caplog.text
+
+
 def test_shards_that_cannot_be_cut_are_told_before_writing(tmp_path: Path, tokenizer_folder: Path) -> None:
     """Half a conversion that ends in a shape error."""
     stored = random_model(GENERATIONS["3"], tokenizer_folder)
-    with pytest.raises(UsageError, match=r"cut into 3 shards: n_heads = 4, ffn_dim = 64"):
+    with pytest.raises(UsageError, match=r"cut into 3 shards: n_heads = 4, ffn_dim = 64") as told:
         write_meta(stored, tmp_path, 3, None, {}, print)
+    assert told.value.fix == "--shards 1 or 2 or 4"  # "another number that divides them" leaves the sum to the reader
     odd = GENERATIONS["3"].model_copy(update={"rope_scaling": RopeScaling(factor=8, original_max_seq_len=32)})
     with pytest.raises(UsageError, match="no place for this RoPE scaling"):
         write_meta(random_model(odd, tokenizer_folder), tmp_path, 1, None, {}, print)

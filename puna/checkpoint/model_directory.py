@@ -18,6 +18,7 @@ from puna.lineage import read_lineage, write_lineage
 from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
 from puna.ranks import rank
+from puna.tokenizer.formats import tokenizer_from
 from puna.tokenizer.tokenizer import Tokenizer
 
 
@@ -84,7 +85,7 @@ def open_model_directory(folder: Path, open_bin: OpenFile | None = None) -> Stor
     if head is not None and "embed_tokens.weight" in weights:
         weights["embed_tokens.weight"] = _tied(weights["embed_tokens.weight"], head, folder)
     return Stored(
-        folder, "hf", config, weights, storage(found), files, lambda: Tokenizer(folder),
+        folder, "hf", config, weights, storage(found), files, partial(tokenizer_from, folder),
         read_stop_ids(folder), read_lineage(folder),
     )  # fmt: skip
 

@@ -187,8 +187,8 @@ def _template(given: Any) -> str | None:
 def _read_files(folder: Path) -> dict[str, bytes]:
     if not (folder / FILES[0]).is_file():
         raise DataError(
-            f"no {FILES[0]}", where=folder, cause="not a tokenizer or model folder",
-            fix="puna run tokenizer sources.path=TEXTS output=FOLDER",
+            f"no {FILES[0]}", where=folder, cause="a model whose tokenizer was left behind, or no model",
+            fix="put its tokenizer.json or tokenizer.model there; puna run tokenizer makes a new one",
         )  # fmt: skip
     return {name: read_file(folder / name) for name in FILES if (folder / name).is_file()}
 

@@ -23,7 +23,7 @@ from puna.tokenizer.formats import tokenizer_from
 PARAMS = "params.json"
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 _ROWS_COMPARED = 1024  # at a time: two different matrices differ in the first ones
-_KEYS, _VALUES = "layers.0.self_attn.k_proj.weight", "layers.0.self_attn.v_proj.weight"
+_QUERIES, _KEYS, _VALUES = (f"layers.0.self_attn.{x}_proj.weight" for x in "qkv")
 
 Shards = Sequence[Mapping[str, Weight]]
 
@@ -42,6 +42,7 @@ def open_meta(folder: Path) -> Stored:
     by_rows = columns == (model if isinstance(model, dict) else params).get("dim")  # Llama 3's cut; before, by columns
     config = read_params(params, rows * len(files) if by_rows else rows, folder / PARAMS)
     _check_layers(shards[0], config.n_layers, folder)
+    _check_complete(shards, config, folder)
     repeat = _repeats(shards, config)
     heads = _heads(shards, config) // repeat or config.n_kv_heads
     config = config.model_copy(update={"n_kv_heads": heads, "tie_embeddings": _tied(shards, by_rows)})
@@ -82,6 +83,16 @@ def _check_layers(shard: Mapping[str, Weight], n_layers: int, folder: Path) -> N
         raise CheckpointError(
             f"params.json says {n_layers} layers, the files hold {found}", where=folder, cause="parts of two models"
         )
+
+
+def _check_complete(shards: Shards, config: ModelConfig, folder: Path) -> None:
+    """The last shards leave no gap in the numbers when they are missing, but their heads do."""
+    heads, here = config.n_heads * config.head_dim, shards[0][_QUERIES].shape[0] if _QUERIES in shards[0] else 0
+    if here and heads % here == 0 and (parts := heads // here) > len(shards):
+        raise CheckpointError(
+            f"shard {len(shards)} of {parts} is missing: no consolidated.{len(shards):02}.pth here", where=folder,
+            cause="an incomplete copy",
+        )  # fmt: skip
 
 
 def _heads(shards: Shards, config: ModelConfig) -> int:

@@ -41,7 +41,7 @@ def compare_weights(a: Stored, b: Stored) -> Weights:
         if not gap <= 0.1 and (mistake := _mistake(name, one, two, gap, a.config)):
             mistakes[mistake] = mistakes.get(mistake, 0) + 1
     told = [f"{mistake} ({count} tensors)" if count > 1 else mistake for mistake, count in mistakes.items()]
-    told += [f"{name_of_worst} by {worst:.2g} of its length"] if name_of_worst else []
+    told += [f"furthest apart: {name_of_worst}, by {worst:.2g} of its length"] if name_of_worst else []
     missing = _missing("A", a, b) + _missing("B", b, a)
     return Weights(len(both), equal, float("inf") if missing else worst, missing + told)
 
@@ -72,7 +72,7 @@ def times_merged(adapted: Transformer, weights: Mapping[str, Weight]) -> float:
 def merged_row(times: float) -> Row:
     """A merge that was forgotten, or made twice, answers in whole sentences."""
     wrong = ": it was not merged" if abs(times) < 0.25 else ": it was merged twice" if abs(times - 2) < 0.25 else ""
-    return Row("weights", abs(times - 1) < 0.1, f"the adapter is in them {times:.2f} times{wrong}")
+    return Row("weights", abs(times - 1) < 0.1, f"the adapter is in them {times:.2f} times, expected 1{wrong}")
 
 
 def _gap(one: Tensor, two: Tensor) -> float:
