@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from puna.errors import ResourceError, UsageError
+from puna.errors import NumericError, ResourceError, UsageError
 from puna.log import log
 from puna.ranks import local_ranks, ranks
 
@@ -53,6 +53,23 @@ def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
     native, why = _native_bf16(device)
     log.info("compute dtype: %s (%s)", "bf16" if native else "fp32", why)
     return torch.bfloat16 if native else torch.float32
+
+
+def cast(tensor: "torch.Tensor", dtype: "torch.dtype", name: str) -> "torch.Tensor":
+    """`tensor` in `dtype`, as it is told in an error by `name`.
+
+    Raises:
+        NumericError: a number that becomes infinite: fp16 ends at 65504.
+    """
+    narrow = tensor.to(dtype)
+    if narrow.dtype != tensor.dtype and not _finite(narrow) and _finite(tensor):
+        short = str(dtype).removeprefix("torch.")
+        raise NumericError(f"{name}: a weight too large for {short} becomes infinite", fix="bf16 or fp32")
+    return narrow
+
+
+def _finite(tensor: "torch.Tensor") -> bool:
+    return not tensor.numel() or all(end.isfinite().item() for end in tensor.aminmax())  # no mask of its size is made
 
 
 def _native_bf16(device: "torch.device") -> tuple[bool, str]:

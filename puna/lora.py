@@ -131,22 +131,16 @@ def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]
     """The layers that `config.targets` means, by name.
 
     Raises:
-        UsageError: a target that names no layer, or a pattern that could take forever.
+        UsageError: a target that names no layer, or a tied head; a pattern that could take forever.
     """
-    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if isinstance(config.targets, str):
-        pattern = r".*\.(" + "|".join(LINEARS) + ")" if config.targets == ALL else _checked(config.targets)
-        chosen = {n: m for n, m in found.items() if re.fullmatch(pattern, n) or re.fullmatch(pattern, f"model.{n}")}
-        if not chosen:
-            raise UsageError(
-                f"lora.targets: no layer matches `{config.targets}`", fix=f"{ALL}, or {', '.join(LINEARS)}"
-            )
-        return chosen
-    for target in config.targets:
-        if not any(_ends(name, target) for name in found):
-            leaves = sorted({name.rpartition(".")[2] for name in found})
-            raise UsageError(f"lora.targets: no layer `{target}`" + nearest(target, leaves), fix=", ".join(LINEARS))
-    return {n: m for n, m in found.items() if any(_ends(n, target) for target in config.targets)}
+    chosen = _chosen(model, config)
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    if tied := [n for n, m in chosen.items() if any(m.weight is weight for weight in embeddings)]:
+        raise UsageError(
+            f"lora.targets: {tied[0]} is tied to the embedding", cause="merging its adapter would change both",
+            fix="other layers, or a model with a head of its own",
+        )  # fmt: skip
+    return chosen
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -165,6 +159,23 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """`layers.0.self_attn.q_proj.lora_A.weight` and so on."""
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def _chosen(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if isinstance(config.targets, str):
+        pattern = r".*\.(" + "|".join(LINEARS) + ")" if config.targets == ALL else _checked(config.targets)
+        chosen = {n: m for n, m in found.items() if re.fullmatch(pattern, n) or re.fullmatch(pattern, f"model.{n}")}
+        if not chosen:
+            raise UsageError(
+                f"lora.targets: no layer matches `{config.targets}`", fix=f"{ALL}, or {', '.join(LINEARS)}"
+            )
+        return chosen
+    for target in config.targets:
+        if not any(_ends(name, target) for name in found):
+            leaves = sorted({name.rpartition(".")[2] for name in found})
+            raise UsageError(f"lora.targets: no layer `{target}`" + nearest(target, leaves), fix=", ".join(LINEARS))
+    return {n: m for n, m in found.items() if any(_ends(n, target) for target in config.targets)}
 
 
 def _ends(name: str, target: str) -> bool:

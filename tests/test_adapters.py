@@ -154,6 +154,19 @@ def test_patterns_that_name_nothing_or_never_end() -> None:
             add_lora(build(GQA), LoraConfig(targets=targets))
 
 
+def test_an_adapter_of_a_tied_head_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Merged into the head, it is in the embedding too: another model than the one that was trained."""
+    tied = GQA.model_copy(update={"tie_embeddings": True})
+    for targets in (["lm_head"], ["q_proj", "lm_head"], ".*"):
+        config = LoraConfig(targets=targets)
+        with pytest.raises(UsageError, match="lm_head is tied"):
+            add_lora(build(tied), config)
+        add_lora(untied := build(GQA), config)
+        save_adapter(tmp_path, untied, config, Tokenizer(tokenizer_folder), "base", {})
+        with pytest.raises(CheckpointError, match="lm_head is tied"):
+            load_adapter(build(tied), tmp_path)
+
+
 def neighbours_logits(model: Transformer, tokens: Tensor) -> Tensor:
     """Logits with RoPE as Meta and torchtune turn it: elements 2i and 2i + 1 of a head as one complex number."""
 

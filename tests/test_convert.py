@@ -12,12 +12,15 @@ import pytest
 import torch
 from command_line import puna_forked
 from test_meta import GENERATIONS, publish, random_state
+from test_model import build
 
 from puna.checkpoint import convert as module
 from puna.checkpoint.convert import convert
 from puna.checkpoint.inspect import inspect
+from puna.checkpoint.model_directory import write_model_directory
 from puna.checkpoint.registry import open_model
-from puna.errors import CheckpointError, PunaError, ResourceError, UsageError
+from puna.errors import CheckpointError, DataError, NumericError, PunaError, ResourceError, UsageError
+from puna.infer.llama import Llama, load
 from puna.tokenizer.tokenizer import Tokenizer
 
 TARGETS: list[tuple[str, str, dict[str, Any]]] = [
@@ -171,6 +174,41 @@ def test_old_weights_of_hugging_face_are_read_as_data(model: Path, tmp_path: Pat
     assert again.problems() == []
     originals = {name: state[name if name == "lm_head.weight" else f"model.{name}"] for name in stored.weights}
     assert all(torch.equal(again.weights[name].read(), tensor) for name, tensor in originals.items())
+
+
+@pytest.mark.parametrize("to", ["hf", "meta"])
+def test_a_weight_that_fp16_cannot_hold_is_named(to: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """1e5 is infinite in fp16: a model of NaN, written with exit code 0, where GGUF refuses the same weight."""
+    model = build(GENERATIONS["2"])
+    model.layers[1].mlp.up_proj.weight.data[5, 7] = 1e5
+    llama = Llama(model, Tokenizer(tokenizer_folder), tmp_path, [])
+    llama.save(tmp_path / "wide", "fp32")
+    with pytest.raises(NumericError, match=r"layers\.1\.mlp\.up_proj\.weight: .*float16"):
+        convert(tmp_path / "wide", tmp_path / "narrow", to, dtype="fp16")
+    with pytest.raises(NumericError, match=r"layers\.1\.mlp\.up_proj\.weight: .*float16"):
+        llama.save(tmp_path / "narrow", "fp16")  # as puna merge does
+    assert not (tmp_path / "narrow").exists()
+    assert open_model(convert(tmp_path / "wide", tmp_path / "bf16", to, dtype="bf16")).storage == "BF16"
+
+
+def test_a_tokenizer_without_bos_is_none_the_worse(model: Path, tmp_path: Path) -> None:
+    """`"bos_token": null` is legal and common; all weights were written before it was refused, and nothing was said."""
+    folder = shutil.copytree(model, tmp_path / "meta")
+    settings = folder / "tokenizer_config.json"
+    named = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**named, "bos_token": None}))
+    hf = convert(folder, tmp_path / "hf", "hf")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((hf / name).read_text())["bos_token_id"] is None
+    assert inspect(hf)["tokenizer"].startswith("600 ids, no BOS, EOS ")
+    llama = load(convert(hf, tmp_path / "m.gguf"), dtype="fp32", device="cpu")
+    assert llama.encode("a llama") == llama.tokenizer.encode("a llama")
+    settings.write_text(json.dumps({**named, "eos_token": None}))
+    written: list[str] = []
+    (tmp_path / "new").mkdir()
+    with pytest.raises(DataError, match="eos_token is None"):
+        write_model_directory(open_model(folder), tmp_path / "new", None, {}, written.append)
+    assert not written
 
 
 def test_the_verb(model: Path, tmp_path: Path) -> None:

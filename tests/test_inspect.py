@@ -73,6 +73,13 @@ def test_a_converted_file_leads_back_to_its_source(saved: Path, tmp_path: Path) 
     assert told["rope"] == inspect(saved)["rope"]
 
 
+def test_metas_folder_is_a_model(saved: Path, tmp_path: Path) -> None:
+    """puna puts a tokenizer.json beside params.json: seven billion weights were told as a tokenizer."""
+    told = inspect(convert(saved, tmp_path / "meta", "meta"))
+    assert (told["format"], told["parameters"]) == ("meta", count_parameters(CONFIG))
+    assert told["tokenizer"].startswith("600 ids, BOS ")
+
+
 def test_every_dtype_is_counted(saved: Path, tmp_path: Path) -> None:
     """The first tensor's dtype told for all of them: an fp32 model that calls itself bf16."""
     shutil.copytree(saved, tmp_path / "mixed")

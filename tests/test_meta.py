@@ -249,10 +249,16 @@ def test_widths_of_the_fact_sheet() -> None:
 WRONG_PARAMS: dict[str, tuple[dict[str, Any], str]] = {
     "quantized": ({"quantization_args": {"scheme": "int8_weight_int8_dynamic_activation"}}, "quantization_args"),
     "adapted": ({"lora_args": {"rank": 8, "scale": 2.0}}, "lora_args"),
-    "a billion layers": ({"n_layers": 10**9}, "1000000000 layers, the files hold 2"),
+    "a billion layers": ({"n_layers": 10**9}, "n_layers is 1000000000"),
+    "a layer too many": ({"n_layers": 3}, "3 layers, the files hold 2"),
+    "heads of 100 million": ({"head_dim": 10**8}, "head_dim is 100000000"),
+    "a theta of zero": ({"rope_theta": 0}, "rope_theta is 0"),
+    "a negative theta": ({"rope_theta": -1}, "rope_theta is -1"),
+    "a theta in quotes": ({"rope_theta": "500000"}, "rope_theta is '500000'"),
+    "an eps of one": ({"norm_eps": 1}, "norm_eps is 1"),
     "no number": ({"dim": "many"}, "not numbers"),
     "no heads": ({"n_heads": 0}, "not numbers"),
-    "negative": ({"n_kv_heads": -2}, "no Llama has these sizes"),
+    "negative": ({"n_kv_heads": -2}, "n_kv_heads is -2"),
     "too wide": ({"multiple_of": 4096}, "does not fit its config"),
 }
 
@@ -265,6 +271,19 @@ def test_params_that_cannot_be_are_refused(case: str, tmp_path: Path) -> None:
     folder = publish(tmp_path / "m", random_state(config), config, 1, by_rows=True, **more)
     with pytest.raises(CheckpointError, match=told):
         open_meta(folder).check()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [*({"max_seq_len": n} for n in (-7, 0, 2**31, True, "8192")), *({"stop_ids": i} for i in (7, ["7"], [600], [-1]))],
+)
+def test_a_puna_json_that_cannot_be_is_refused(said: dict[str, Any], tmp_path: Path) -> None:
+    """It says what params.json has no place for; a context of -7 was believed."""
+    config = GENERATIONS["3"]
+    folder = publish(tmp_path / "m", random_state(config), config, 1, by_rows=True)
+    (folder / "puna.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=f"{next(iter(said))} (is|are)"):
+        open_meta(folder)
 
 
 def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
@@ -299,7 +318,9 @@ def test_a_tokenizer_model_that_is_copied_is_not_said_to_be_missing(
     tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`no tokenizer.model` stood there beside a tokenizer.model."""
-    files = {**Tokenizer(tokenizer_folder).files, "tokenizer.model": b"of another family"}
+    tree = Tokenizer(tokenizer_folder).parsed
+    tree["model"]["ignore_merges"] = False  # as transformers writes what it read from a GGUF
+    files = {"tokenizer.json": json.dumps(tree).encode(), "tokenizer.model": b"of another family"}
     caplog.set_level("WARNING", "puna")
     stored = random_model(GENERATIONS["3"], tokenizer_folder)
     write_meta(replace(stored, read_tokenizer=lambda: Tokenizer(files)), tmp_path, 1, None, {}, lambda name: None)

@@ -81,6 +81,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two thetas": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "contradict"),
     "two scalings": ({"rope_scaling": {"rope_type": "llama3", **LLAMA3},
                       "rope_parameters": {"rope_type": "llama3", **LLAMA3, "factor": 32.0}}, "contradict"),
+    "a theta in quotes": ({"rope_theta": "500000.0"}, "rope_theta is '500000.0'"),
+    "a theta in quotes, new": ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6'"),
+    "a theta of zero": ({"rope_theta": 0}, "rope_theta is 0"),
+    "a theta that is true": ({"rope_theta": True}, "rope_theta is True"),
     "no width": ({"hidden_size": WITHOUT}, "missing: hidden_size"),
 }  # fmt: skip
 
@@ -259,6 +263,18 @@ def test_a_missing_shard_is_named(written: Path, tmp_path: Path) -> None:
     (lost := sorted(folder.glob("model-*"))[1]).unlink()
     with pytest.raises(CheckpointError, match=f"no {lost.name} here"):
         open_model_directory(folder)
+
+
+def test_two_models_in_one_folder_are_refused(written: Path, tmp_path: Path) -> None:
+    """A model saved over a sharded one: transformers opened the new weights under our name for the old ones."""
+    shutil.copytree(written, folder := tmp_path / "m")
+    whole = {n: t for file in folder.glob("model-*") for n, t in load_file(file).items()}
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"two models: model\.safetensors"):
+        open_model_directory(folder)
+    index = {"weight_map": dict.fromkeys(whole, "model.safetensors")}  # an index of the one file is no second model
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same(open_model_directory(folder), open_model_directory(written))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,6 +12,7 @@ from test_meta import CPU, GENERATIONS, LLAMA3, TINY, metas_logits, publish, ran
 from torch import Tensor
 
 from puna.checkpoint.convert import convert
+from puna.checkpoint.gguf.file import open_gguf
 from puna.checkpoint.registry import open_model
 from puna.model.config import ModelConfig
 from puna.tokenizer.tokenizer import Tokenizer
@@ -60,6 +61,33 @@ def test_all_the_way_and_back(generation: str, shards: int, tmp_path: Path, toke
     for number, part in enumerate(last):
         original = torch.load(start / f"consolidated.{number:02}.pth", weights_only=True)
         assert all(torch.equal(tensor.half(), original[name]) for name, tensor in part.items())
+
+
+def test_every_stop_id_comes_back(tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An answer that goes on past its end: of four ids GGUF kept two and Meta's folder one, without a word."""
+    config, stops = GENERATIONS["3"], [2, 7, 8, 9]
+    start = publish(tmp_path / "meta", random_state(config), config, 1, by_rows=True)
+    Tokenizer(tokenizer_folder).save(start)
+    hf = convert(start, tmp_path / "hf0", "hf", dtype="bf16")
+    (hf / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    for stop in chain(hf, tmp_path, 1):
+        told = open_model(stop)
+        assert {*told.read_tokenizer().stop_ids, *told.stop_ids} >= {*stops}, stop.name
+    for told in ("[2, 7, 8, 9]: GGUF has names for three", "[2, 7, 8, 9]: Meta's format has no place"):
+        assert told in caplog.text
+
+
+def test_names_of_stop_ids_that_are_free_are_used(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """llama.cpp stops at EOS, EOT and EOM; the third of three ids was lost to it though EOM had none."""
+    config = GENERATIONS["3"]
+    start = publish(tmp_path / "meta", random_state(config), config, 1, by_rows=True)
+    for name, content in Tokenizer(tokenizer_folder).files.items():
+        (start / name).write_bytes(content.replace(b"<|eot_id|>", b"<|1|>").replace(b"<|eom_id|>", b"<|2|>"))
+    (start / "puna.json").write_text(json.dumps({"stop_ids": [7, 8, 9]}))
+    file = convert(start, tmp_path / "m.gguf")
+    metadata = open_gguf(file).metadata
+    assert [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eot", "eom")] == [7, 8]
+    assert {7, 8, 9} <= {*open_model(file).stop_ids}
 
 
 def with_tokenizer(folder: Path, values: dict[str, Any], vocab_size: int, by_rows: bool, model: bytes) -> Path:

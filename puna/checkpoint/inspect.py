@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import WEIGHTS, adapter_config, base_of
-from puna.checkpoint.registry import as_path, find_model, open_model
+from puna.checkpoint.registry import as_path, find_model, holds_model, open_model
 from puna.checkpoint.stored import Stored, rows_missing
 from puna.errors import CheckpointError, DataError, PunaError
 from puna.files import MANIFEST, read_manifest
@@ -34,7 +34,7 @@ def inspect(name: str | Path) -> dict[str, Any]:
     place = as_path(name)
     if (place / "index.json").exists():
         raise DataError("token shards, not a model", where=place, fix=f"puna data stats {place}")
-    if (place / "tokenizer.json").exists() and not any((place / f).exists() for f in ("config.json", ADAPTER)):
+    if (place / "tokenizer.json").exists() and not holds_model(place):
         return {"path": str(place), "format": "tokenizer", **_tokenizer(Tokenizer(place), []), **_around(place)}
     found = find_model(name)
     run = {"run": f"{place}; puna runs show {place}"} if (place / "resolved.yaml").exists() else {}
@@ -141,9 +141,10 @@ def _tokenizer(tokenizer: Tokenizer, more_stops: Any) -> dict[str, Any]:
     shown = list(control.items())[:8]
     more = f", and {len(control) - len(shown)} more" if len(control) > len(shown) else ""
     stops = dict.fromkeys([*tokenizer.stop_ids, *more_stops])
+    named = {key: tokenizer.named_id(f"{key.lower()}_token") for key in ("BOS", "EOS")}
+    ends = (f"{key} {id} {tokenizer.token(id)}" if id is not None else f"no {key}" for key, id in named.items())
     return {
-        "tokenizer": f"{tokenizer.vocab_size:,} ids, BOS {tokenizer.bos_id} {tokenizer.token(tokenizer.bos_id)}, "
-        f"EOS {tokenizer.eos_id} {tokenizer.token(tokenizer.eos_id)}, {tokenizer.fingerprint[:19]}",
+        "tokenizer": f"{tokenizer.vocab_size:,} ids, {', '.join(ends)}, {tokenizer.fingerprint[:19]}",
         "control": ", ".join(f"{token} {i}" for token, i in shown) + more,
         "stops": ", ".join(f"{i} {tokenizer.token(i)}" for i in stops),
         **_template(tokenizer.files.get("chat_template.jinja")),

@@ -11,6 +11,7 @@ from torch import Tensor
 from puna.checkpoint.names import DTYPES, from_disk_name, from_hf_config, to_disk_name, to_hf_config
 from puna.checkpoint.stored import Stored, Weight, expected_shapes
 from puna.checkpoint.weight_files import OpenFile, inside, open_weights, read_json, storage, weight_files, write_weights
+from puna.device import cast
 from puna.dist.fsdp import gathered
 from puna.errors import CheckpointError
 from puna.files import write_json
@@ -18,7 +19,6 @@ from puna.lineage import read_lineage, write_lineage
 from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
 from puna.ranks import rank
-from puna.tokenizer.formats import tokenizer_from
 from puna.tokenizer.tokenizer import Tokenizer
 
 
@@ -32,6 +32,9 @@ def save_model(
         save_dtype: fp32, bf16, fp16 or fp64: what the weights are stored in.
         lineage: what this model was made from: recipe, parents, data fingerprint, metrics.
         stop_ids: beyond the tokenizer's own, what the directory it came from listed.
+
+    Raises:
+        NumericError: a weight that `save_dtype` cannot hold.
     """
     dtype = DTYPES[save_dtype]
     tied = model.config.tie_embeddings
@@ -40,8 +43,8 @@ def save_model(
     if rank():
         return
     weights = {n: Weight(tuple(t.shape), t.dtype, partial(tensors.pop, n)) for n, t in tensors.items()}
-    write_weights(folder, weights, lambda name: None)
     _write_beside(folder, model.config, dtype, tokenizer, stop_ids, lineage)
+    write_weights(folder, weights, lambda name: None)
 
 
 def write_model_directory(
@@ -55,21 +58,25 @@ def write_model_directory(
 
     Raises:
         CheckpointError: tensors that do not fit the config, or cannot be read.
+        NumericError: a weight that `dtype` cannot hold.
     """
     stored.check()
     tokenizer = stored.read_tokenizer()
     target = DTYPES[dtype] if dtype else torch.bfloat16 if stored.quantized else None
-    weights = {to_disk_name(n): _cast(stored.weights[n], target) for n in expected_shapes(stored.config)}
-    write_weights(folder, weights, progress)
+    weights = {to_disk_name(n): _cast(stored.weights[n], target, n) for n in expected_shapes(stored.config)}
     main = max(weights.values(), key=lambda weight: weight.nbytes).dtype
     _write_beside(folder, stored.config, main, tokenizer, stored.stop_ids, lineage)
+    write_weights(folder, weights, progress)
 
 
-def open_model_directory(folder: Path, open_bin: OpenFile | None = None) -> Stored:
+def open_model_directory(
+    folder: Path, open_bin: OpenFile | None = None, read_tokenizer: Callable[[Path], Tokenizer] = Tokenizer
+) -> Stored:
     """A model directory as puna, transformers and others write it.
 
     Args:
         open_bin: reads pytorch_model.bin, where there is no safetensors file.
+        read_tokenizer: reads what older models have instead of a tokenizer.json, too.
 
     Raises:
         CheckpointError: no such model, damaged files, or an architecture that puna does not compute.
@@ -85,7 +92,7 @@ def open_model_directory(folder: Path, open_bin: OpenFile | None = None) -> Stor
     if head is not None and "embed_tokens.weight" in weights:
         weights["embed_tokens.weight"] = _tied(weights["embed_tokens.weight"], head, folder)
     return Stored(
-        folder, "hf", config, weights, storage(found), files, partial(tokenizer_from, folder),
+        folder, "hf", config, weights, storage(found), files, partial(read_tokenizer, folder),
         read_stop_ids(folder), read_lineage(folder),
     )  # fmt: skip
 
@@ -129,20 +136,21 @@ def _tied(embedding: Weight, head: Weight, folder: Path) -> Weight:
     return embedding._replace(read=read)
 
 
-def _cast(weight: Weight, dtype: torch.dtype | None) -> Weight:
+def _cast(weight: Weight, dtype: torch.dtype | None, name: str) -> Weight:
     if dtype in (None, weight.dtype):
         return weight
-    return Weight(weight.shape, dtype, lambda: weight.read().to(dtype))
+    return Weight(weight.shape, dtype, lambda: cast(weight.read(), dtype, name))
 
 
 def _write_beside(
     folder: Path, config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer, stop_ids: Sequence[int],
     lineage: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """What a model directory holds beside its weights."""
-    write_json(folder / "config.json", to_hf_config(config, dtype, tokenizer.bos_id, tokenizer.eos_id))
+    """What a model directory holds beside its weights; written before them, for it may be refused."""
+    bos = tokenizer.named_id("bos_token")
+    write_json(folder / "config.json", to_hf_config(config, dtype, bos, tokenizer.eos_id))
     stops = list(dict.fromkeys([*tokenizer.stop_ids, *stop_ids]))
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "do_sample": True}
+    generation = {"bos_token_id": bos, "eos_token_id": stops, "do_sample": True}
     write_json(folder / "generation_config.json", generation)
     tokenizer.save(folder)
     write_lineage(folder, lineage)

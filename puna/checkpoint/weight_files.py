@@ -42,7 +42,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files of a model directory that hold weights: safetensors, or what torch.save wrote before them.
 
     Raises:
-        CheckpointError: there are none, or an index that names what is not a file of this directory.
+        CheckpointError: there are none, an index that names what is not a file of this directory, or two models.
     """
     names = [SINGLE]
     if (folder / INDEX).exists():
@@ -50,6 +50,11 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(places, dict) or not places or not all(isinstance(n, str) for n in places.values()):
             raise CheckpointError("has no weight_map of tensors to files", where=folder / INDEX)
         names = sorted(set(places.values()))
+        if (folder / SINGLE).exists() and SINGLE not in names:
+            raise CheckpointError(
+                f"two models: {SINGLE}, which transformers opens, and other weights that {INDEX} names", where=folder,
+                cause="one was saved over the other", fix="remove the files of one of them",
+            )  # fmt: skip
     elif not (folder / SINGLE).exists():  # an old model: read as data, nothing in it is run
         names = sorted(p.name for p in folder.glob("pytorch_model*.bin")) or names
     return [inside(folder, name) for name in names]

@@ -25,7 +25,7 @@ def encode_conversations(
         DataError: one in which nothing is trained, BOS stands twice, or an answer's end is not trained.
     """
     rows, cut = [], 0
-    bos = chat.tokenizer.bos_id
+    bos = chat.tokenizer.named_id("bos_token")
     for where, messages, tools in conversations:
         try:
             ids, trained = chat.encode(messages, train, tools)

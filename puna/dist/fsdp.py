@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from puna.device import cast
 from puna.ranks import rank, ranks
 
 
@@ -46,12 +47,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gathered(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Whole tensors in the CPU memory of rank 0, nothing on the others; one at a time on the device."""
+    """Whole tensors in the CPU memory of rank 0, nothing on the others; one at a time on the device.
+
+    Raises:
+        NumericError: a weight that `dtype` cannot hold.
+    """
     found = {}
     for name, tensor in tensors.items():
         one = whole(tensor.detach())
         if rank() == 0:
-            found[name] = one.to(device="cpu", dtype=dtype).contiguous()
+            found[name] = cast(one, dtype or one.dtype, name).cpu().contiguous()
     return found
 
 

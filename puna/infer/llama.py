@@ -37,7 +37,8 @@ class Llama:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of a raw prompt, with BOS where the tokenizer's config asks for it."""
-        return [self.tokenizer.bos_id] * self.tokenizer.adds_bos + self.tokenizer.encode(text, special=special)
+        begin = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
+        return begin + self.tokenizer.encode(text, special=special)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[Sequence[int]] | Tensor) -> Tensor:

@@ -79,13 +79,13 @@ class Tokenizer:
         """Ids after which generation ends: end of text, of turn and of message, where the family has them."""
         named = [self.named_token(key) for key in ("eot_token", "eom_token")]  # as some GGUF files have them
         stops = [self.special_tokens[s] for s in (*named, *_STOPS) if s in self.special_tokens]
-        eos = self._find("eos_token")
+        eos = self.named_id("eos_token")
         return list(dict.fromkeys([*([] if eos is None else [eos]), *stops]))
 
     @cached_property
     def adds_bos(self) -> bool:
         """Whether a prompt starts with BOS, as the tokenizer's own post-processor says."""
-        return self._engine.encode("", add_special_tokens=True).ids[:1] == [self._find("bos_token")]
+        return self._engine.encode("", add_special_tokens=True).ids[:1] == [self.named_id("bos_token")]
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text` alone, no BOS or EOS. `special` lets control strings in the text become control ids."""
@@ -155,19 +155,20 @@ class Tokenizer:
         token = self._config.get(key)
         return token["content"] if isinstance(token, dict) else token
 
+    def named_id(self, key: str) -> int | None:
+        """The id of `named_token`, if there is one; not every tokenizer has a BOS."""
+        text = self.named_token(key)
+        return self._engine.token_to_id(text) if text else None
+
     def _guessed_config(self) -> bytes:
         pair = next((p for p in _PAIRS if set(p) <= set(self.special_tokens)), ())
         return tokenizer_config(**dict(zip(("bos_token", "eos_token"), pair, strict=False)))
 
     def _named(self, key: str) -> int:
-        found = self._find(key)
+        found = self.named_id(key)
         if found is None:
             raise DataError(f"{key} is {self.named_token(key)!r}, which has no id", where=self.where)
         return found
-
-    def _find(self, key: str) -> int | None:
-        text = self.named_token(key)
-        return self._engine.token_to_id(text) if text else None
 
 
 def tokenizer_config(**named: str) -> bytes:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from puna.checkpoint.gguf.blocks import Ggml
@@ -31,6 +32,10 @@ _DTYPES = {
 }  # fmt: skip
 LINEAGE = "puna.lineage"
 """The metadata key that holds what puna.json holds elsewhere."""
+ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+"""The metadata keys that every runtime stops at."""
+STOP_IDS = "puna.stop_ids"
+"""The metadata key that holds all stop ids, where there are more of them."""
 
 
 def open_gguf_model(path: Path) -> Stored:
@@ -180,8 +185,8 @@ def _hold_against_tensors(config: ModelConfig, file: Gguf) -> None:
 
 
 def _stop_ids(file: Gguf) -> list[int]:
-    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-    found = [file.metadata.get(key) for key in keys]
+    listed = file.metadata.get(STOP_IDS)
+    found = [*map(file.metadata.get, ENDS), *(listed.tolist() if isinstance(listed, np.ndarray) else ())]
     rows = file.shape("token_embd.weight")[0]
     return list(dict.fromkeys(id for id in found if isinstance(id, int) and 0 <= id < rows))
 

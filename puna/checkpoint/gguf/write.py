@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from puna.checkpoint.gguf.blocks import LAYOUTS, Ggml
-from puna.checkpoint.gguf.model import LINEAGE, gguf_name
+from puna.checkpoint.gguf.model import ENDS, LINEAGE, STOP_IDS, gguf_name
 from puna.checkpoint.gguf.quantize import quantize
 from puna.checkpoint.gguf.rope import TENSOR as ROPE
 from puna.checkpoint.gguf.rope import rope_divisors, scaling_metadata
@@ -18,6 +18,7 @@ from puna.checkpoint.gguf.types import FILE_TYPES, file_type, storage
 from puna.checkpoint.rope_layout import is_rotated, to_neighbours
 from puna.checkpoint.stored import Stored, expected_shapes
 from puna.errors import CheckpointError, NumericError
+from puna.log import log
 from puna.model.config import ModelConfig
 from puna.tokenizer.gguf_vocab import gguf_fields
 
@@ -127,15 +128,24 @@ def _metadata(stored: Stored, kind: str) -> dict[str, Any]:
 
 
 def _vocabulary(stored: Stored, config: ModelConfig) -> dict[str, Any]:
-    """The tokenizer's fields with a token for every row of the embedding (llama.cpp counts rows by tokens), and a stop
-    id that only generation_config.json has."""
+    """The tokenizer's fields with a token for every row of the embedding (llama.cpp counts rows by tokens), and the
+    stop ids that only generation_config.json has."""
     fields = gguf_fields(stored.read_tokenizer(), config.vocab_size)
     if (tokens := len(fields["tokenizer.ggml.tokens"])) != config.vocab_size:
         raise CheckpointError(f"{tokens} tokens and {config.vocab_size} rows of embedding", where=stored.path)
-    told = {fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
-    if stops := [id for id in stored.stop_ids if id not in told]:
-        fields.setdefault("tokenizer.ggml.eot_token_id", stops[0])
+    for key in ENDS:
+        if left := _untold(stored, fields):
+            fields.setdefault(key, left[0])
+    if left := _untold(stored, fields):
+        log.warning("stop ids %s: GGUF has names for three, others than puna will not stop at these", left)
+        fields[STOP_IDS] = list(stored.stop_ids)
     return fields
+
+
+def _untold(stored: Stored, fields: Mapping[str, Any]) -> list[int]:
+    """The stop ids that have no name of GGUF's yet."""
+    told = {fields.get(key) for key in ENDS}
+    return [id for id in stored.stop_ids if id not in told]
 
 
 def _header(metadata: Mapping[str, Any], entries: Sequence[_Entry]) -> bytes:

@@ -16,7 +16,7 @@ from puna.checkpoint.stored import Stored, Weight
 from puna.checkpoint.torch_file import open_torch_file
 from puna.checkpoint.weight_files import read_json, storage
 from puna.errors import CheckpointError
-from puna.lineage import read_lineage
+from puna.lineage import LINEAGE, read_lineage
 from puna.model.config import ModelConfig
 from puna.tokenizer.formats import tokenizer_from
 
@@ -47,13 +47,17 @@ def open_meta(folder: Path) -> Stored:
     heads = _heads(shards, config) // repeat or config.n_kv_heads
     config = config.model_copy(update={"n_kv_heads": heads, "tie_embeddings": _tied(shards, by_rows)})
     lineage = read_lineage(folder)
-    if isinstance(context := lineage.get("max_seq_len"), int):
-        config = config.model_copy(update={"max_seq_len": context})
+    context, stops = lineage.get("max_seq_len", config.max_seq_len), lineage.get("stop_ids", [])
+    if type(context) is not int or not 0 < context < 1 << 31:
+        raise CheckpointError(f"max_seq_len is {context!r:.80}", where=folder / LINEAGE)
+    if not isinstance(stops, list) or not all(type(id) is int and 0 <= id < config.vocab_size for id in stops):
+        raise CheckpointError(f"stop_ids are {stops!r:.80}", where=folder / LINEAGE)
+    config = config.model_copy(update={"max_seq_len": context})
     joined = partial(_joined, shards=shards, config=config, by_rows=by_rows, repeat=repeat)
     weights = {name: joined(name) for name in shards[0] if not (name == HEAD and config.tie_embeddings)}
     april = config.rope_scaling is None  # whose control tokens have fewer names
     tokenizer = partial(tokenizer_from, folder, "llama3" if april else "llama3.1")
-    return Stored(folder, "meta", config, weights, storage(weights), files, tokenizer, (), lineage)
+    return Stored(folder, "meta", config, weights, storage(weights), files, tokenizer, stops, lineage)
 
 
 def _shard_files(folder: Path) -> list[Path]:

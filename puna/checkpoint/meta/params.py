@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from puna.checkpoint.names import check_sizes, rope_theta
 from puna.errors import CheckpointError, UsageError
 from puna.model.config import ModelConfig, RopeScaling
 from puna.model.presets import PRESETS
@@ -20,7 +21,7 @@ def read_params(params: Mapping[str, Any], vocab_size: int, where: Path) -> Mode
     """Our config of a params.json; `vocab_size` counts the rows of the embedding, and `tie_embeddings` is left False.
 
     Raises:
-        CheckpointError: sizes that are missing or no numbers, quantized weights, adapters inside.
+        CheckpointError: sizes that are missing, no numbers or no Llama's, quantized weights, adapters inside.
     """
     inner = params.get("model")
     values = dict(inner if isinstance(inner, dict) else params)  # some Llama 3 files nest them
@@ -30,7 +31,7 @@ def read_params(params: Mapping[str, Any], vocab_size: int, where: Path) -> Mode
             fix="the bf16 text checkpoint of the same model",
         )  # fmt: skip
     try:
-        config = _config(values, vocab_size)
+        config = _config(values, vocab_size, rope_theta(values, where))
     except KeyError as error:
         raise CheckpointError(f"{error.args[0]} is missing", where=where, cause="not Meta's params.json") from None
     except ValidationError as error:
@@ -38,14 +39,11 @@ def read_params(params: Mapping[str, Any], vocab_size: int, where: Path) -> Mode
         raise CheckpointError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=where) from None
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"its sizes are not numbers: {error}", where=where) from None
-    sizes = config.model_dump(include={*_SHAPE, "head_dim", "vocab_size", "max_seq_len"})
-    wrong = {name: size for name, size in sizes.items() if size < 1}
-    if wrong or config.head_dim % 2 or config.n_heads % config.n_kv_heads:
-        raise CheckpointError(f"no Llama has these sizes: {wrong or sizes}", where=where)
+    check_sizes(config, where, {"ffn_dim": "hidden_dim"})
     return config
 
 
-def _config(values: dict[str, Any], vocab_size: int) -> ModelConfig:
+def _config(values: dict[str, Any], vocab_size: int, theta: float | None) -> ModelConfig:
     said = values.get("vocab_size", -1)
     vocab = vocab_size if said == -1 else said  # -1 in Llama 1 and 2: the tokenizer was to tell
     dim, heads = values["dim"], values["n_heads"]
@@ -58,7 +56,7 @@ def _config(values: dict[str, Any], vocab_size: int) -> ModelConfig:
         "head_dim": values.get("head_dim") or dim // heads,
         "ffn_dim": values.get("hidden_dim") or ffn_width(dim, multiplier, values.get("multiple_of", _MULTIPLE_OF)),
         "vocab_size": vocab,
-        "rope_theta": values.get("rope_theta", 5e5 if vocab >= _LLAMA3_VOCABULARY else 1e4),
+        "rope_theta": theta or (5e5 if vocab >= _LLAMA3_VOCABULARY else 1e4),
         "norm_eps": values["norm_eps"],
         "tie_embeddings": False,
     }

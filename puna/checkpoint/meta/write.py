@@ -15,6 +15,7 @@ from puna.checkpoint.names import DTYPES
 from puna.checkpoint.rope_layout import is_rotated, to_neighbours
 from puna.checkpoint.stored import Stored, expected_shapes
 from puna.checkpoint.torch_file import TorchFile
+from puna.device import cast
 from puna.errors import UsageError
 from puna.files import write_json, write_text
 from puna.lineage import write_lineage
@@ -63,7 +64,7 @@ def write_meta(
         dtype: fp32, bf16, fp16 or fp64; None keeps what is stored, or takes bf16 for a quantized model.
 
     Raises:
-        UsageError: see `check_shards`.
+        UsageError: see `check_shards`. NumericError: a weight that `dtype` cannot hold.
     """
     config, tokenizer = stored.config, stored.read_tokenizer()
     check_shards(config, shards)
@@ -72,7 +73,9 @@ def write_meta(
     write_json(folder / PARAMS, write_params(config, max(config.n_kv_heads, shards)))
     _write_tokenizer(folder, tokenizer, sentencepiece or tiktoken_ranks(tokenizer))
     _write_checklist(folder)
-    write_lineage(folder, {**lineage, "max_seq_len": config.max_seq_len})
+    if unseen := [id for id in stored.stop_ids if id not in tokenizer.stop_ids]:
+        log.warning("stop ids %s: Meta's format has no place for them, others than puna will not stop there", unseen)
+    write_lineage(folder, {**lineage, "max_seq_len": config.max_seq_len, "stop_ids": list(stored.stop_ids)})
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: bytes | None) -> None:
@@ -107,7 +110,7 @@ def _write_shards(
         ]
         for name in shapes:
             tensor = stored.weights[EMBEDDING if name == HEAD and config.tie_embeddings else name].read()
-            tensor = tensor.to(dtypes[name])
+            tensor = cast(tensor, dtypes[name], name)
             if is_rotated(name):
                 tensor = to_neighbours(tensor, config.head_dim)
             for shard, file in enumerate(files):

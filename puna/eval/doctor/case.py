@@ -121,7 +121,9 @@ class Case:
 
     def disk_values(self) -> dict[str, Any]:
         """The architecture under the names of a config.json."""
-        return to_hf_config(self.model.config, torch.float32, self.tokenizer.bos_id, self.tokenizer.eos_id)
+        return to_hf_config(
+            self.model.config, torch.float32, self.tokenizer.named_id("bos_token"), self.tokenizer.eos_id
+        )
 
     def gradients(self, micro: list[Batch], clip: float = 0.0) -> tuple[dict[str, Any], Gradients]:
         """(what the step reports, the gradients its optimizer would get); no weight changes."""

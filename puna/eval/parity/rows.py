@@ -37,7 +37,7 @@ def tokenizer_row(a: Tokenizer, b: Tokenizer) -> Row:
     if different:
         first = different[0]
         told.append(f"{STRINGS[first]!r}: A {_some(pairs[first][0])}, B {_some(pairs[first][1])}")
-    sizes, ends = (a.vocab_size, b.vocab_size), ((a.bos_id, a.eos_id), (b.bos_id, b.eos_id))
+    sizes, ends = (a.vocab_size, b.vocab_size), (_ends(a), _ends(b))
     told.append(f"{sizes[0]:,} ids" if sizes[0] == sizes[1] else f"A {sizes[0]:,} ids, B {sizes[1]:,}")
     told.append(f"BOS {ends[0][0]}, EOS {ends[0][1]}" if ends[0] == ends[1] else f"BOS, EOS: A {ends[0]}, B {ends[1]}")
     moved = [n for n in a.special_tokens.keys() & b.special_tokens.keys() if a.special_tokens[n] != b.special_tokens[n]]
@@ -48,6 +48,10 @@ def tokenizer_row(a: Tokenizer, b: Tokenizer) -> Row:
     listed = a.special_tokens.keys() ^ b.special_tokens.keys()
     told += [f"control tokens of one alone: {', '.join(sorted(listed)[:4])}"] if listed else []
     return Row("tokenizer", same if not same or (sizes[0] == sizes[1] and not listed) else None, ", ".join(told))
+
+
+def _ends(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
+    return tokenizer.named_id("bos_token"), tokenizer.named_id("eos_token")
 
 
 def vocabularies_apart(a: Tokenizer, b: Tokenizer) -> bool:
@@ -97,7 +101,7 @@ def _first_difference(one: list[int] | str, two: list[int] | str, a: Tokenizer, 
 
 def _doubled(tokenizer: Tokenizer) -> bool:
     ids = _rendered(tokenizer, CONVERSATIONS[0])
-    return not isinstance(ids, str) and ids[:2] == [tokenizer.bos_id] * 2
+    return not isinstance(ids, str) and ids[:2] == [tokenizer.named_id("bos_token")] * 2
 
 
 def _short(one: Any, two: Any) -> str:
