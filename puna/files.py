@@ -79,6 +79,22 @@ def atomic_file(target: Path) -> Iterator[Path]:
             raise
 
 
+def as_path(name: str | Path) -> Path:
+    """The path a user typed, `~` expanded.
+
+    Raises:
+        CheckpointError: what no file can be called: a NUL, a name that is too long, the home of a user there is not.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"names no file: {str(error)[:100]}", where=repr(str(name)[:100])) from None
+    if "\0" in str(path):
+        raise CheckpointError("names no file: a name with a NUL", where=repr(str(name)[:100]))
+    return path
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` with `text`: it holds the old or the new content at any moment."""
     with disk_errors(path):

@@ -15,6 +15,7 @@ from test_model import build, reference
 from torch import Tensor
 
 from puna.checkpoint.adapter import load_adapter, save_adapter
+from puna.checkpoint.inspect import inspect
 from puna.checkpoint.rope_layout import to_neighbours
 from puna.checkpoint.torchtune import from_torchtune, to_torchtune
 from puna.data.packing import PackedLoader
@@ -165,6 +166,30 @@ def test_an_adapter_of_a_tied_head_is_refused(tokenizer_folder: Path, tmp_path: 
         save_adapter(tmp_path, untied, config, Tokenizer(tokenizer_folder), "base", {})
         with pytest.raises(CheckpointError, match="lm_head is tied"):
             load_adapter(build(tied), tmp_path)
+
+
+def test_files_of_adapters_are_trusted_in_nothing(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Of two tensors that get one name the last won; a link led out of the folder; 16 MB of header took 7.7 s."""
+    config = config_of("all")
+    save_adapter(tmp_path, adapted(config), config, Tokenizer(tokenizer_folder), "base", {})
+    weights = tmp_path / "adapter_model.safetensors"
+    sound = load_file(weights)
+    name = next(iter(sound))
+    save_file({**sound, name.removeprefix("base_model.model."): sound[name] + 1}, weights)
+    refused = {"under two names": weights.read_bytes(), "header of 16777216 bytes": (2**24).to_bytes(8, "little")}
+    refused["header of 16777216 bytes"] += b"{" + b" " * (2**24 - 2) + b"}"
+    for told, content in refused.items():
+        weights.write_bytes(content)
+        with pytest.raises(CheckpointError, match=told):
+            load_adapter(build(GQA), tmp_path)
+    assert "header of 16777216 bytes" in inspect(tmp_path)["weights"]
+    (tmp_path / "elsewhere").mkdir()
+    save_file(sound, tmp_path / "elsewhere/a.safetensors")
+    weights.unlink()
+    weights.symlink_to(tmp_path / "elsewhere/a.safetensors")
+    with pytest.raises(CheckpointError, match="leads outside the folder"):
+        load_adapter(build(GQA), tmp_path)
+    assert "leads outside the folder" in inspect(tmp_path)["weights"]
 
 
 def neighbours_logits(model: Transformer, tokens: Tensor) -> Tensor:

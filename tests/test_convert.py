@@ -18,7 +18,7 @@ from puna.checkpoint import convert as module
 from puna.checkpoint.convert import convert
 from puna.checkpoint.inspect import inspect
 from puna.checkpoint.model_directory import write_model_directory
-from puna.checkpoint.registry import open_model
+from puna.checkpoint.registry import load_tokenizer, open_model
 from puna.errors import CheckpointError, DataError, NumericError, PunaError, ResourceError, UsageError
 from puna.infer.llama import Llama, load
 from puna.tokenizer.tokenizer import Tokenizer
@@ -97,6 +97,15 @@ def test_llama2c_is_a_way_out_and_in(model: Path, tmp_path: Path) -> None:
     assert all(torch.equal(again.weights[n].read(), w.read().float()) for n, w in stored.weights.items())
 
 
+def test_what_is_written_can_be_opened(model: Path, tmp_path: Path) -> None:
+    """A GGUF without its suffix was "no model here", and a folder that ends in .gguf "is a directory"."""
+    file = convert(model, tmp_path / "Llama-3.2", "gguf")
+    assert open_model(file).format == "gguf"
+    assert load_tokenizer(file).fingerprint == open_model(file).read_tokenizer().fingerprint
+    folder = convert(model, tmp_path / "hf", "hf").rename(tmp_path / "hf.gguf")
+    assert open_model(folder).format == "hf"
+
+
 def refused(model: Path, target: Path, to: str | None, **more: Any) -> PunaError:
     with pytest.raises(PunaError) as told:
         convert(model, target, to, **more)
@@ -118,8 +127,12 @@ def test_what_cannot_be_is_told_before_the_first_byte(
         (refused(model, new, "meta", kind="F16"), UsageError, "--kind means nothing for meta"),
         (refused(model, new, "hf", dtype="bf61"), UsageError, "`bf61` is not a dtype"),
         (refused(model, new, "gguf", kind="Q9"), UsageError, "Q9"),
-        (refused(model, new, "llama2.c", kind="v3"), UsageError, "no version of llama2.c"),
+        (refused(model, tmp_path / "new.bin", "llama2.c", kind="v3"), UsageError, "no version of llama2.c"),
         (refused(model, new, "meta", shards=3), UsageError, "cut into 3 shards"),
+        (refused(model, tmp_path / "new.gguf", "hf"), UsageError, "new.gguf is no name for hf"),
+        (refused(model, tmp_path / "new.bin", "meta"), UsageError, "new.bin is no name for meta"),
+        (refused(model, tmp_path / "new.bin", "gguf"), UsageError, "new.bin is no name for gguf"),
+        (refused(model, new, "llama2.c"), UsageError, "try: new.bin"),
         (refused(tmp_path / "there", new, "hf"), CheckpointError, "no model here"),
     ]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))

@@ -71,8 +71,12 @@ def test_a_name_that_is_none_is_refused(asked: str, case: str) -> None:
 def test_the_command_line_refuses_them_too(place: Path) -> None:
     """A crash on a path is a crash on whatever a script put into it."""
     cases = ("climbs", "home of nobody", "300 characters", "a cache folder's name", "an empty name")
-    verbs = [["inspect"], ["validate"], ["runs", "show"], ["download"], ["run"]]
-    for done in puna_forked([[*verb, name] for verb in verbs for name in map(NAMES.get, cases)], cwd=place):
+    verbs = ["inspect", "validate", "runs show", "download", "run", "verify", "verify --against x", "merge x",
+             "convert x --to gguf"]  # fmt: skip
+    calls = [[*verb.split(), name] for verb in verbs for name in map(NAMES.get, cases)]
+    calls += [[verb, name, "new", *to] for verb, *to in (("merge",), ("convert", "--to", "hf"))
+              for name in map(NAMES.get, cases)]  # fmt: skip
+    for done in puna_forked(calls, cwd=place):
         assert done.returncode in (2, 3, 4, 6), (done.args, done.stderr)
         assert done.stdout == ""
         assert "Traceback" not in done.stderr

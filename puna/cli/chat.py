@@ -68,10 +68,12 @@ def merge(
     from puna.checkpoint.adapter import base_of
     from puna.checkpoint.names import DTYPES
     from puna.checkpoint.registry import find_model
+    from puna.files import as_path
     from puna.infer.llama import load
     from puna.lineage import lineage, parent
     from puna.lora import lora_parameters, merge_lora
 
+    target = as_path(target)
     if save_dtype not in DTYPES:
         raise UsageError(f"`{save_dtype}` is not a dtype", fix=", ".join(DTYPES))
     llama = load(adapter, dtype="fp32", device="cpu")

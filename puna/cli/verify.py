@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -10,7 +11,7 @@ import typer
 
 from puna.cli.output import Json, print_json
 from puna.errors import CheckpointError, DataError, PunaError, UsageError
-from puna.files import MANIFEST, damage, read_manifest
+from puna.files import MANIFEST, as_path, damage, read_manifest
 
 _DATA, _MODEL = {"index.json", "tokenizer.json"}, {"config.json", "adapter_config.json", "params.json"}
 _CHECKLIST = "checklist.chk"
@@ -38,8 +39,8 @@ def register(app: typer.Typer) -> None:
 
 
 def verify(
-    path: Annotated[
-        Path,
+    name: Annotated[
+        str,
         typer.Argument(
             metavar="PATH", help="A run, model, adapter, shard or tokenizer folder, one of several of them, or a file."
         ),
@@ -66,11 +67,12 @@ def verify(
         from puna.cli.compare import compare
 
         options = {"budget": budget, "max_tokens": max_tokens, "dtype": dtype}
-        if not compare(str(path), against, as_json, prompts, text, **options):
+        if not compare(name, against, as_json, prompts, text, **options):
             raise typer.Exit(5)
         return
     if prompts or text or budget is not None:
-        raise UsageError("nothing to compare it with", fix=f"puna verify {path} --against MODEL")
+        raise UsageError("nothing to compare it with", fix=f"puna verify {name} --against MODEL")
+    path = _found(name)
     found = [_folder(place) if place.is_dir() else _file(place) for place in _places(path)]
     if as_json:
         print_json([checked._asdict() for checked in found])
@@ -86,14 +88,27 @@ def verify(
         )
 
 
+def _found(name: str) -> Path:
+    """Where it lies: a path, or else what other verbs call a model.
+
+    Raises:
+        CheckpointError: nothing there.
+    """
+    if (path := as_path(name)).exists():
+        return path
+    from puna.checkpoint.registry import find_model
+
+    if not (path := find_model(name)).exists():
+        raise CheckpointError("no such file or folder", where=path, fix="puna runs ls")
+    return path
+
+
 def _places(path: Path) -> list[Path]:
     """What there is to check at `path`: itself, the parts of a run, or all that the folders in it are.
 
     Raises:
-        CheckpointError, DataError: nothing there, or nothing to compare it with.
+        CheckpointError, DataError: nothing to compare it with.
     """
-    if not path.exists():
-        raise CheckpointError("no such file or folder", where=path, fix="puna runs ls")
     if path.is_file():
         return [path]
     folders = [path]
@@ -173,24 +188,22 @@ def _reader(path: Path) -> Callable[[Path], Any]:
     Raises:
         UsageError: nothing is known of such a file.
     """
-    if path.suffix == ".gguf":
-        from puna.checkpoint.gguf.file import open_gguf
+    from puna.checkpoint.gguf.file import is_gguf, open_gguf
+    from puna.checkpoint.llama2c import open_llama2c
+    from puna.checkpoint.safetensors_file import read_header
+    from puna.checkpoint.torch_file import open_torch_file
+    from puna.tokenizer.formats import is_tokenizer
 
+    if is_gguf(path) or path.suffix == ".gguf":
         return open_gguf
     if path.suffix == ".safetensors":
-        return _open_safetensors
+        return read_header
+    if path.suffix in (".pth", ".pt") or zipfile.is_zipfile(path):
+        return open_torch_file
+    if path.suffix == ".bin" and not is_tokenizer(path):
+        return open_llama2c
     fix = "the folder it is in, or puna verify A --against B of two models"
     raise UsageError("nothing to compare this file with: it holds no hashes", where=path, fix=fix)
-
-
-def _open_safetensors(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except SafetensorError as error:
-        raise CheckpointError(str(error), where=path) from None
 
 
 def _kind(path: Path) -> type[PunaError]:

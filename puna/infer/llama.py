@@ -16,7 +16,7 @@ from puna.checkpoint.model_directory import save_model
 from puna.checkpoint.registry import find_model, open_model
 from puna.device import choose_device, choose_dtype
 from puna.errors import UsageError
-from puna.files import atomic_folder
+from puna.files import as_path, atomic_folder
 from puna.infer.generate import generate
 from puna.lineage import lineage
 from puna.model.config import count_parameters
@@ -117,7 +117,7 @@ class Llama:
         Args:
             made_from: its lineage; by default that it was saved from this model.
         """
-        with atomic_folder(Path(path)) as folder:
+        with atomic_folder(as_path(path)) as folder:
             made_from = made_from or lineage("save", [self.path])
             save_model(folder, self.model, self.tokenizer, dtype, dict(made_from), self.stop_ids)
 

@@ -18,6 +18,7 @@ import numpy as np
 from puna.checkpoint.gguf.blocks import LAYOUTS, Ggml, dequantize
 from puna.errors import CheckpointError
 
+_MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 _DTYPES = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
@@ -77,6 +78,14 @@ class _Tensor:
     size: int
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether it is a file that begins as GGUF does, whatever it is called."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == _MAGIC
+
+
 def open_gguf(path: Path) -> Gguf:
     """Read the header and check every tensor's place.
 
@@ -91,7 +100,7 @@ def open_gguf(path: Path) -> Gguf:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot be read: {error}", where=path) from None
     reader = _Reader(data, path)
-    if reader.take(4) != b"GGUF":
+    if reader.take(4) != _MAGIC:
         raise reader.wrong("not a GGUF file")
     version = reader.scalar(4)
     if version not in (2, 3):
