@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from puna.eval.parity.budget import EIGHT, FEWER, FOUR, ROUNDED, SAME, budget_fo
 from puna.eval.parity.material import PROMPTS, TEXT
 from puna.eval.parity.observe import Apart, apart, observe
 from puna.eval.parity.rows import stops_row, template_row, tokenizer_row
-from puna.eval.parity.weights import compare_weights
+from puna.eval.parity.weights import compare_weights, weights_row
 from puna.infer.llama import Llama
 from puna.lora import LoraConfig, add_lora, lora_layers, lora_parameters, merge_lora
 from puna.model.config import ModelConfig, RopeScaling
@@ -152,7 +153,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, str]]] = {
     "no template": (lambda folder: (folder / "chat_template.jinja").unlink(), {"template": "only A has one"}),
     "a norm forgotten": (
         weights_changed(lambda t: each(t, "1.input_layernorm.weight", torch.ones_like)),
-        {"weights": "furthest apart: layers.1.input_layernorm.weight, by", "logits": ""},
+        {"weights": "furthest apart: layers.1.input_layernorm.weight by", "logits": ""},
     ),
 }  # fmt: skip
 
@@ -238,6 +239,39 @@ def test_adapters_merged_once_never_and_twice(whole: Path, tokenizer: Tokenizer,
     assert rows["logits"][0] is None
 
 
+def test_an_adapter_against_what_it_does_not_fit(whole: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A matrix product that fails, or a missing name, is no answer; neither is "nan times" of an untrained adapter."""
+    made = puna.load(whole, "fp32")
+    add_lora(made.model, LORA)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", made.model, LORA, tokenizer, str(whole), {})
+    for name, change in {"wide": {"ffn_dim": 96}, "short": {"n_layers": 1}}.items():
+        other = build(SHAPE.model_copy(update=change))
+        Llama(other, tokenizer, tmp_path, tokenizer.stop_ids).save(tmp_path / name, "fp32")
+        ok, told = rows_of(tmp_path / "adapter", tmp_path / name)["weights"]
+        assert ok is False
+        assert {"wide": "layers.0.mlp", "short": "layers.1."}[name] in told
+    rows = rows_of(tmp_path / "adapter", whole)
+    assert rows["weights"] == (None, "the adapter changes nothing")
+    assert all(ok is not False for ok, _ in rows.values())
+
+
+def test_a_model_without_bos(whole: Path, tmp_path: Path) -> None:
+    """Not every vocabulary has one: "bos_token is None, which has no id" where nobody asked for it."""
+    shutil.copytree(whole, tmp_path / "bare")
+    tree = json.loads((whole / "tokenizer.json").read_text())
+    (tmp_path / "bare/tokenizer.json").write_text(json.dumps({**tree, "post_processor": None}))
+    (tmp_path / "bare/tokenizer_config.json").write_text('{"eos_token": "<|eot_id|>"}')
+    (tmp_path / "bare/chat_template.jinja").unlink()
+    bare = puna.load(tmp_path / "bare", "fp32")
+    assert bare.encode("a") == bare.tokenizer.encode("a")
+    assert isinstance(bare.generate("a", max_tokens=2), str)
+    bare.save(tmp_path / "again", "fp32")
+    rows = rows_of(tmp_path / "bare", tmp_path / "again")
+    assert all(ok is not False for ok, _ in rows.values()), rows
+    assert "BOS None" in rows["tokenizer"][1]
+
+
 def quantized(stored: Stored, bits: int) -> Stored:
     """As a GGUF of so many bits would be read."""
     kind = {8: gguf.GGMLQuantizationType.Q8_0, 4: gguf.GGMLQuantizationType.Q4_0}[bits]
@@ -246,7 +280,8 @@ def quantized(stored: Stored, bits: int) -> Stored:
         raw = gguf.quants.quantize(weight.read().numpy().copy(), kind)
         return torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(raw, kind)))
 
-    made = {n: w._replace(read=lambda w=w: read(w)) if len(w.shape) == 2 else w for n, w in stored.weights.items()}
+    large = {n: w for n, w in stored.weights.items() if len(w.shape) == 2}
+    made = {**stored.weights, **{n: w._replace(read=partial(read, w), quantized=True) for n, w in large.items()}}
     return replace(stored, weights=made, storage=f"Q{bits}_0 x 9, F32 x 5", format="gguf")
 
 
@@ -257,7 +292,9 @@ def test_quantized_models_are_judged_by_what_they_say(
     """Logits of 4 bits differ by whole units and nothing is wrong; a permuted one must not hide behind that."""
     shutil.copytree(whole, tmp_path / "copy")
     shutil.copytree(whole, tmp_path / "wrong")
+    shutil.copytree(whole, tmp_path / "norms")
     FAULTS["q and k in Meta's order"][0](tmp_path / "wrong")
+    weights_changed(lambda t: each(t, "input_layernorm.weight", lambda w: w * 1.02))(tmp_path / "norms")
 
     def opened(name: Path) -> Stored:
         return open_model(name) if name == whole else quantized(open_model(name), bits)
@@ -278,6 +315,9 @@ def test_quantized_models_are_judged_by_what_they_say(
     assert rows["weights"][0] is False
     assert "Meta's order" in rows["weights"][1]
     assert rows["KL"][0] is (bits == 4)  # of a tiny random model 4 bits hide it: the row above is what decides
+    rows = rows_of(whole, tmp_path / "norms")  # norms are stored as they are: no bits excuse them
+    assert rows["weights"][0] is False
+    assert "input_layernorm.weight by 0.02 of its length" in rows["weights"][1]
 
 
 def test_the_budget_depends_on_what_is_compared() -> None:
@@ -368,6 +408,21 @@ def test_shapes_that_differ_are_told(whole: Path) -> None:
     found = compare_weights(stored, short)
     assert found.worst == float("inf")
     assert f"{name} is (64, 32) in A, (3, 3) in B" in found.told
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_tensor_that_is_not_a_number_is_named(place: int, whole: Path) -> None:
+    """NaN in an embedding's unused row: the logits do not show it, and any later tensor covered it."""
+    stored = open_model(whole)
+    name = list(stored.weights)[place]
+    broken = stored.weights[name].read().clone()
+    broken.view(-1)[0] = float("nan")
+    weights = {**stored.weights, name: stored.weights[name]._replace(read=lambda: broken)}
+    noisy = {n: w._replace(read=lambda w=w: w.read() * 1.001) for n, w in weights.items()}
+    for changed in (weights, noisy):
+        found = compare_weights(stored, replace(stored, weights=changed))
+        assert weights_row(found, ("F16", "BF16")).ok is False
+        assert f"{name} by nan" in "; ".join(found.told)
 
 
 def test_verify_against_on_the_command_line(whole: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """More tokens and more rows."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,4 +73,7 @@ def test_an_added_token_lives(shape: ModelConfig, tokenizer_folder: Path, tmp_pa
     for word in (["<|tool|>"], ["<|eot_id|>"], ["a"], ["x1", "x1"]):
         with pytest.raises(UsageError, match="added"):
             larger.add_tokens(word)
+    # one that ends a turn is a stop, and those that generation_config.json had stay
+    chatty = replace(llama, stop_ids=[*llama.stop_ids, 5]).add_tokens(["<|im_end|>"])
+    assert sorted(chatty.stop_ids) == sorted([*llama.stop_ids, 5, size])
     assert larger.add_tokens(["llama graze"], special=False).tokenizer.encode("a llama graze")[-1] == size + 2

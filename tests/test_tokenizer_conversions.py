@@ -1,6 +1,7 @@
 """Every format of the real vocabularies, in and out: the ids of llama.cpp's vectors, sentencepiece and tiktoken."""
 
 import gzip
+import json
 import random
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import regex
 import sentencepiece
 import tiktoken
 import transformers
+from test_tokenizer_hostile import SPM as SMALL
 
 from puna.checkpoint.gguf.file import open_gguf
 from puna.checkpoint.registry import load_tokenizer
@@ -19,6 +21,7 @@ from puna.errors import CheckpointError, DataError
 from puna.tokenizer.checks import LLAMA3
 from puna.tokenizer.formats import llama2c_vocab, sentencepiece_model, tiktoken_ranks, tokenizer_from
 from puna.tokenizer.gguf_vocab import gguf_fields, vocab_files
+from puna.tokenizer.spm_json import spm_files
 from puna.tokenizer.tiktoken_model import Names, read_ranks, write_ranks
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -42,6 +45,15 @@ def gguf(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
     return {family: open_gguf(path).metadata for family, path in paths.items()}
 
 
+TEMPLATE = "{{ bos_token }}é"
+
+
+@pytest.fixture(scope="module")
+def from_gguf(gguf: dict[str, dict[str, Any]]) -> dict[str, Tokenizer]:
+    """llama.cpp's vocabularies as tokenizers, with a template."""
+    return {f: Tokenizer(vocab_files({**m, "tokenizer.chat_template": TEMPLATE})) for f, m in gguf.items()}
+
+
 def without_model(tokenizer: Tokenizer) -> Tokenizer:
     """As if tokenizer.json were all there is: scores and ranks have to come from the order of its merges."""
     return Tokenizer({name: content for name, content in tokenizer.files.items() if name != "tokenizer.model"})
@@ -59,24 +71,22 @@ def written(content: bytes | None, folder: Path, name: str = "tokenizer.model") 
 
 SPM: dict[str, Callable[[Tokenizer, Any, Path, Path], Tokenizer]] = {
     "SPM": lambda llama2, *_: llama2,
-    "SPM in a folder": lambda _, gguf, assets, folder: tokenizer_from(assets / "tokenizers/llama2"),
-    "SPM -> json -> SPM": lambda llama2, gguf, assets, folder: written(
+    "SPM in a folder": lambda _, from_gguf, assets, folder: tokenizer_from(assets / "tokenizers/llama2"),
+    "SPM -> json -> SPM": lambda llama2, from_gguf, assets, folder: written(
         sentencepiece_model(without_model(llama2)), folder
     ),
     "json -> GGUF": lambda llama2, *_: through_gguf(without_model(llama2)),
-    "GGUF": lambda _, gguf, *__: Tokenizer(vocab_files(gguf["spm"])),
-    "GGUF -> json -> GGUF -> SPM": lambda _, gguf, assets, folder: written(
-        sentencepiece_model(through_gguf(Tokenizer(vocab_files(gguf["spm"])))), folder
-    ),
-    "llama2.c": lambda _, gguf, assets, folder: tokenizer_from(assets / "tokenizers/llama2/tokenizer.bin"),
-    "json -> llama2.c": lambda llama2, gguf, assets, folder: written(
+    "GGUF": lambda _, from_gguf, *__: from_gguf["spm"],
+    "GGUF -> json -> SPM": lambda _, from_gguf, assets, folder: written(sentencepiece_model(from_gguf["spm"]), folder),
+    "llama2.c": lambda _, from_gguf, assets, folder: tokenizer_from(assets / "tokenizers/llama2/tokenizer.bin"),
+    "json -> llama2.c": lambda llama2, from_gguf, assets, folder: written(
         llama2c_vocab(without_model(llama2)), folder, "tokenizer.bin"
     ),
 }
 BPE: dict[str, Callable[[Tokenizer, Any, Path], Tokenizer]] = {
     "tiktoken": lambda llama3, *_: llama3,
-    "tiktoken -> json -> tiktoken": lambda llama3, gguf, folder: written(tiktoken_ranks(without_model(llama3)), folder),
-    "GGUF -> json -> GGUF": lambda _, gguf, folder: through_gguf(Tokenizer(vocab_files(gguf["bpe"]))),
+    "tiktoken -> json -> tiktoken": lambda llama3, _, folder: written(tiktoken_ranks(without_model(llama3)), folder),
+    "GGUF": lambda _, from_gguf, __: from_gguf["bpe"],
 }
 
 
@@ -138,10 +148,11 @@ def vectors(assets: Path, family: str) -> tuple[list[str], list[list[int]]]:
 
 @pytest.mark.parametrize("chain", SPM)
 def test_llama_2_in_every_form(
-    chain: str, llama2: Tokenizer, gguf: Any, assets: Path, tmp_path: Path, many: list[str], spm_ids: list[list[int]]
-) -> None:
+    chain: str, llama2: Tokenizer, from_gguf: Any, assets: Path, tmp_path: Path, many: list[str],
+    spm_ids: list[list[int]],
+) -> None:  # fmt: skip
     """A conversion that moves an id makes a model talk nonsense; here on 46 vectors and 10,000 texts."""
-    tokenizer = SPM[chain](llama2, gguf, assets, tmp_path)
+    tokenizer = SPM[chain](llama2, from_gguf, assets, tmp_path)
     given, ids = vectors(assets, "spm")
     assert tokenizer.encode_batch(given) == ids
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.stop_ids, tokenizer.adds_bos) == (32000, 1, [2], True)
@@ -152,11 +163,11 @@ def test_llama_2_in_every_form(
 
 @pytest.mark.parametrize("chain", BPE)
 def test_llama_3_in_every_form(
-    chain: str, llama3: Tokenizer, gguf: Any, assets: Path, tmp_path: Path, many: list[str],
+    chain: str, llama3: Tokenizer, from_gguf: Any, assets: Path, tmp_path: Path, many: list[str],
     tiktoken_ids: list[list[int]],
 ) -> None:  # fmt: skip
     """As with Llama 2, against tiktoken; GGUF files of April have their own names for control tokens."""
-    tokenizer = BPE[chain](llama3, gguf, tmp_path)
+    tokenizer = BPE[chain](llama3, from_gguf, tmp_path)
     given, ids = vectors(assets, "bpe")
     assert tokenizer.encode_batch(given) == ids
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (128256, 128000, 128001)
@@ -170,47 +181,49 @@ def test_llama_3_in_every_form(
 
 
 def test_written_models_equal_the_originals(
-    llama2: Tokenizer, llama3: Tokenizer, gguf: Any, assets: Path, many: list[str], spm_ids: list[list[int]]
+    llama2: Tokenizer, from_gguf: Any, assets: Path, many: list[str], spm_ids: list[list[int]], tokenizer_folder: Path
 ) -> None:
     """The files other programs open: bytes where the format has one spelling, else what sentencepiece says of them."""
     original = (assets / "tokenizers/llama2/tokenizer.model").read_bytes()
     assert sentencepiece_model(llama2) == original
     assert llama2c_vocab(llama2) == (assets / "tokenizers/llama2/tokenizer.bin").read_bytes()
     theirs = sentencepiece.SentencePieceProcessor(model_proto=original)
-    made = sentencepiece_model(Tokenizer(vocab_files(gguf["spm"])))
+    made = sentencepiece_model(from_gguf["spm"])
     ours = sentencepiece.SentencePieceProcessor(model_proto=made)
     assert ours.encode(many) == spm_ids
     for same in ("id_to_piece", "is_byte", "is_control", "is_unknown", "is_unused", "get_score"):
         ids = [*range(300), *range(300, 32000, 7), 31999]
         assert [getattr(ours, same)(i) for i in ids] == [getattr(theirs, same)(i) for i in ids], same
     assert (ours.bos_id(), ours.eos_id(), ours.pad_id(), ours.unk_id()) == (1, 2, -1, 0)
-    assert tiktoken_ranks(llama2) is sentencepiece_model(llama3) is None
+    bpe = Tokenizer(tokenizer_folder)
+    assert tiktoken_ranks(llama2) is sentencepiece_model(bpe) is None
     with pytest.raises(DataError, match="SentencePiece"):
-        llama2c_vocab(llama3)
+        llama2c_vocab(bpe)
 
 
 @pytest.mark.parametrize("family", ["spm", "bpe"])
-def test_gguf_metadata_survives(family: str, gguf: Any) -> None:
+def test_gguf_metadata_survives(family: str, gguf: Any, from_gguf: dict[str, Tokenizer]) -> None:
     """GGUF -> tokenizer.json -> GGUF: tokens, scores, types, merges and ids as they were."""
-    before = gguf[family]
-    after = gguf_fields(Tokenizer(vocab_files({**before, "tokenizer.chat_template": "{{ bos_token }}é"})))
-    assert after.pop("tokenizer.chat_template") == "{{ bos_token }}é"
+    before, after = gguf[family], gguf_fields(from_gguf[family])
+    assert after.pop("tokenizer.chat_template") == TEMPLATE
     known = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in before.items() if k.startswith("tokenizer.")}
     assert {key: after[key] for key in known} == known
 
 
-def test_added_tokens_survive_gguf(llama2: Tokenizer) -> None:
+def test_added_tokens_survive_gguf() -> None:
     """Fine-tunes add tokens at the end, and embeddings are padded beyond them: both have places in GGUF."""
-    grown = llama2.with_tokens(["<|im_start|>", "<|im_end|>"]).with_tokens(["LlaMa"], special=False)
-    fields = gguf_fields(grown, 32064)
-    assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.scores"]) == 32064
-    assert fields["tokenizer.ggml.token_type"][32000:32004] == [3, 3, 4, 5]
+    small = Tokenizer(spm_files(SMALL))
+    grown = small.with_tokens(["<|im_start|>", "<|im_end|>"]).with_tokens(["abba"], special=False)
+    size = small.vocab_size
+    fields = gguf_fields(grown, size + 64)
+    assert len(fields["tokenizer.ggml.tokens"]) == len(fields["tokenizer.ggml.scores"]) == size + 64
+    assert fields["tokenizer.ggml.token_type"][size : size + 4] == [3, 3, 4, 5]
     again = Tokenizer(vocab_files(fields))
-    for text in ("<|im_start|>user", "a LlaMa <|im_end|>", "[PAD32010]"):
+    for text in ("<|im_start|>user", "a abba <|im_end|>", f"[PAD{size + 10}]"):
         assert again.encode(text) == grown.encode(text)
         assert again.encode(text, special=True) == grown.encode(text, special=True)
     assert gguf_fields(again) == fields
-    assert again.stop_ids == grown.stop_ids == [2, 32001]
+    assert again.stop_ids == grown.stop_ids == [2, size + 1]
 
 
 NAMES: dict[Names, dict[str, int]] = {
@@ -332,6 +345,53 @@ def test_splits_of_gguf(split: str, tokenizer_folder: Path) -> None:
             parts = [p for part in parts for p in regex.split(f"({pattern})", part) if p]
         cut = [text[a:b] for _, (a, b) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         assert cut == parts
+
+
+def test_named_tokens_without_an_id_have_none_in_gguf(tokenizer_folder: Path) -> None:
+    """Configs name a pad token that the vocabulary lacks, templates are not always UTF-8: the export broke off."""
+    files = Tokenizer(tokenizer_folder).files
+    config = {**json.loads(files["tokenizer_config.json"]), "pad_token": "[PAD]", "eot_token": "nowhere"}
+    odd = {"tokenizer_config.json": json.dumps(config).encode(), "chat_template.jinja": b"\xff{{ x }}"}
+    tokenizer = Tokenizer({**files, **odd})
+    fields = gguf_fields(tokenizer)
+    assert "tokenizer.ggml.padding_token_id" not in fields
+    assert fields["tokenizer.ggml.eot_token_id"] == tokenizer.special_tokens["<|eot_id|>"]
+    assert fields["tokenizer.chat_template"] == "\ufffd{{ x }}"
+
+
+SPM_OTHERWISE: dict[str, Callable[[dict[str, Any]], None]] = {
+    "lower case": lambda t: t["normalizer"]["normalizers"].append({"type": "Lowercase"}),
+    "NFC inside": lambda t: t["normalizer"]["normalizers"].append(
+        {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
+    ),
+    "another prefix": lambda t: t["normalizer"]["normalizers"][0].update(prepend="x"),
+    "nothing for a space": lambda t: t["normalizer"]["normalizers"].pop(),
+    "a split": lambda t: t.update(pre_tokenizer={"type": "Digits", "individual_digits": True}),
+    "words apart": lambda t: t.update(
+        normalizer=None,
+        pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True},
+    ),
+}
+BPE_OTHERWISE: dict[str, Callable[[dict[str, Any]], None]] = {
+    "NFC": lambda t: t.update(normalizer={"type": "NFC"}),
+    "a space before": lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+    "what is matched is lost": lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
+    "inverted": lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(invert=True),
+    "a word that is always one id": lambda t: t["added_tokens"][-1].update(special=False),
+}
+
+
+@pytest.mark.parametrize("name", [*SPM_OTHERWISE, *BPE_OTHERWISE])
+def test_no_tokenizer_model_of_what_splits_otherwise(name: str, tokenizer_folder: Path) -> None:
+    """A tokenizer.model beside a tokenizer.json that gives other ids: right here, nonsense in Meta's code."""
+    spm = name in SPM_OTHERWISE
+    tokenizer, write = (
+        (Tokenizer(spm_files(SMALL)), sentencepiece_model) if spm else (Tokenizer(tokenizer_folder), tiktoken_ranks)
+    )
+    assert write(tokenizer)
+    changed = tokenizer.parsed
+    (SPM_OTHERWISE if spm else BPE_OTHERWISE)[name](changed)
+    assert write(Tokenizer({**tokenizer.files, "tokenizer.json": json.dumps(changed).encode()})) is None
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3"])

@@ -18,7 +18,7 @@ from puna.tokenizer.gguf_vocab import gguf_fields, vocab_files
 from puna.tokenizer.llama2c_vocab import read_llama2c_vocab, write_llama2c_vocab
 from puna.tokenizer.sentencepiece_model import Piece, Pieces, byte_pieces, read_sentencepiece, write_sentencepiece
 from puna.tokenizer.spm_json import spm_files
-from puna.tokenizer.tiktoken_model import read_ranks
+from puna.tokenizer.tiktoken_model import read_ranks, write_ranks
 from puna.tokenizer.tokenizer import Tokenizer
 
 WORDS = ["▁", "a", "b", "c", "▁a", "ab", "▁ab", "abc", "▁abc"]
@@ -27,6 +27,7 @@ SPM = Pieces(
     + [Piece(text, 0.0, 6) for text in byte_pieces()]
     + [Piece(text, float(-i), 1) for i, text in enumerate(WORDS)]
 )
+RANKS = {token: rank for rank, token in enumerate([*(bytes([b]) for b in range(256)), b"ab", b"abc", b" a"])}
 Json = dict[str, Any]
 
 
@@ -50,11 +51,25 @@ def replaced(what: str, by: str) -> Json:
     return {"type": "Replace", "pattern": {"String": what}, "content": by}
 
 
+def sequence(name: str, *steps: Json) -> Json:
+    return {"type": "Sequence", name: list(steps)}
+
+
+def template(times: int, ids: int, texts: int = 1) -> Json:
+    text, pair = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    tokens = {"A": {"id": "A", "ids": [1] * ids, "tokens": ["<s>"] * ids}}
+    single = [{"SpecialToken": {"id": "A", "type_id": 0}}] * times + [text] * texts
+    return {"type": "TemplateProcessing", "single": single, "pair": [text, pair], "special_tokens": tokens}
+
+
 HOSTILE: dict[str, Callable[[Json], Any]] = {
     "nested quantifiers": lambda t: t.update(pre_tokenizer=split(r"(\s+)+$|(a|aa)+b")),
     "adjacent quantifiers": lambda t: t.update(pre_tokenizer=split(r"\s*\s*\s*x")),
     "quadratic": lambda t: t.update(pre_tokenizer=split(r"a+b")),
     "optional parts": lambda t: t.update(pre_tokenizer=split("a?" * 30 + "a{30}")),
+    "bounded repeats": lambda t: t.update(pre_tokenizer=split("a{0,99}a{0,99}aaaaaaaa[^a]")),
+    "a long tail": lambda t: t.update(pre_tokenizer=split("a?" + "a" * 5000 + "[^a]")),
+    "many branches": lambda t: t.update(pre_tokenizer=split("|".join(["a{0,9}aaaa[^a]"] * 500))),
     "back reference": lambda t: t.update(pre_tokenizer=split(r"(.*)\1")),
     "a regex in the normalizer": lambda t: t.update(
         normalizer={"type": "Replace", "pattern": {"Regex": "(a+)+b"}, "content": ""}
@@ -81,6 +96,21 @@ HOSTILE: dict[str, Callable[[Json], Any]] = {
     "dropout": lambda t: t["model"].update(dropout=0.5),
     "a bomb of a normalizer": lambda t: t.update(
         normalizer={"type": "Sequence", "normalizers": [replaced("a", "aa")] * 30}
+    ),
+    "a bomb inside a sequence": lambda t: t.update(
+        normalizer=sequence("normalizers", sequence("normalizers", *[replaced("a", "aa")] * 30))
+    ),
+    "much before every text": lambda t: t.update(
+        normalizer=sequence("normalizers", {"type": "Prepend", "prepend": "x y" * 1000})
+    ),
+    "much before every part of a word": lambda t: t["model"].update(continuing_subword_prefix="p" * 1000),
+    "much after every word": lambda t: t["model"].update(end_of_word_suffix="p" * 1000),
+    "a template of many ids": lambda t: t.update(post_processor=template(2000, 5000)),
+    "a template of many ids inside a sequence": lambda t: t.update(
+        post_processor=sequence("processors", template(2000, 5000))
+    ),
+    "templates that repeat the text": lambda t: t.update(
+        post_processor=sequence("processors", *[template(0, 0, texts=9)] * 9)
     ),
     "another decoder": lambda t: t.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}),
     "no decoder": lambda t: t.update(decoder=None),
@@ -119,6 +149,32 @@ def test_files_that_are_no_json(tmp_path: Path) -> None:
     in_a_second(lambda: tokenizer_from(tmp_path / "nothing.model"))
 
 
+CONFIGS: list[Json] = [
+    {"bos_token": 5}, {"bos_token": ["a"]}, {"eos_token": {"x": 1}}, {"eot_token": {"content": {}}},
+    {"pad_token": True}, {"chat_template": [{"name": [], "template": "x"}]}, {"chat_template": "\ud800"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_hostile_config(config: Json) -> None:
+    """A TypeError or KeyError long after loading, from whatever asks for BOS first."""
+    files = spm_files(SPM)
+    in_a_second(lambda: Tokenizer({**files, "tokenizer_config.json": json.dumps(config).encode()}))
+    fine = {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>", "pad_token": None}
+    tokenizer = Tokenizer({**files, "tokenizer_config.json": json.dumps(fine).encode()})
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.named_id("pad_token")) == (1, 2, None)
+
+
+def test_a_post_processor_that_panics_is_told() -> None:
+    """Three parts of one template are more than the engine's next one can take: a panic, and no Exception."""
+    files = spm_files(SPM)
+    parsed = json.loads(files["tokenizer.json"])
+    parsed["post_processor"] = sequence("processors", *[template(2, 1)] * 2)
+    tokenizer = Tokenizer({**files, "tokenizer.json": json.dumps(parsed).encode()})
+    with pytest.raises(DataError, match="post-processor"):
+        _ = tokenizer.adds_bos
+
+
 def test_a_token_inside_another_is_fine() -> None:
     """`<|x|>` inside `<|x|>y` is legal; the longest wins, and neither is made from text."""
     tokenizer = Tokenizer(spm_files(SPM)).with_tokens(["<|x|>", "<|x|>y", "[<|x|>"])
@@ -139,7 +195,11 @@ def test_panics_and_broken_text_are_told() -> None:
         Tokenizer(spm_files(SPM)).encode("a\ud800b")
 
 
-@pytest.mark.parametrize("pattern", [*sorted(KNOWN_PATTERNS), r"\p{N}", r"\w+|[^\w\s]+", r" ?\d{1,3}|[\r\n]+", r"\s"])
+WORST = "a?a{0,9}" + "a" * 15 + "[^a]"  # of what is let through
+OTHERS = [r"\p{N}", r"\w+|[^\w\s]+", r" ?\d{1,3}|[\r\n]+", r"\s", WORST]
+
+
+@pytest.mark.parametrize("pattern", [*sorted(KNOWN_PATTERNS), *OTHERS])
 def test_harmless_patterns_pass(pattern: str) -> None:
     """A guard that refuses what people use would be switched off."""
     files = spm_files(SPM)
@@ -196,9 +256,9 @@ def test_a_hostile_gguf_vocabulary(name: str) -> None:
 @settings(max_examples=300, deadline=None)
 def test_damaged_models_are_errors(data: st.DataObject) -> None:
     """Bytes changed, cut or added in any place: a DataError or a vocabulary that is whole, nothing else."""
-    ranks = b"".join(b"%s %d\n" % (token, i) for i, token in enumerate([b"YQ==", b"Yg==", b"YWI="]))
     valid = {
-        read_sentencepiece: write_sentencepiece(SPM), read_llama2c_vocab: write_llama2c_vocab(SPM), read_ranks: ranks,
+        read_sentencepiece: write_sentencepiece(SPM), read_llama2c_vocab: write_llama2c_vocab(SPM),
+        read_ranks: write_ranks(RANKS),
     }  # fmt: skip
     read, raw = data.draw(st.sampled_from(list(valid.items())))
     changed = bytearray(raw)
@@ -218,3 +278,12 @@ def test_the_models_are_whole() -> None:
     """What the mutations start from has to be readable, or they prove nothing."""
     assert read_sentencepiece(write_sentencepiece(SPM), "") == SPM
     assert read_llama2c_vocab(write_llama2c_vocab(SPM), "") == SPM
+    assert read_ranks(write_ranks(RANKS), "") == RANKS
+
+
+@pytest.mark.parametrize("field", [41, 42])
+def test_an_id_of_the_wrong_wire_type(field: int) -> None:
+    """BOS or EOS as bytes: a TypeError from a comparison."""
+    tag = bytes([(field << 3 | 2) & 0x7F | 0x80, field >> 4])
+    trainer = tag + b"\x01x"
+    in_a_second(lambda: read_sentencepiece(write_sentencepiece(SPM) + bytes([0x12, len(trainer)]) + trainer, "file"))

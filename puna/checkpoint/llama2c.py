@@ -178,7 +178,7 @@ def _weight(data: mmap.mmap, place: _Place, head_dim: int, path: Path) -> Weight
         weight = torch.from_numpy(_dequantized(raw, place, path)).view(place.shape)
         return to_halves(weight, head_dim) if is_rotated(place.name) else weight
 
-    return Weight(place.shape, torch.float32, read)
+    return Weight(place.shape, torch.float32, read, quantized=bool(place.group))
 
 
 def _dequantized(raw: np.ndarray, place: _Place, path: Path) -> np.ndarray:

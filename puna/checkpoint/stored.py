@@ -33,6 +33,8 @@ class Weight(NamedTuple):
     """The tensor with our rows: RoPE's halves, not Meta's neighbours. It may be read-only memory of the file."""
     owned: bool = False
     """Whether `read` gives memory that nobody else holds, so that a model may keep it."""
+    quantized: bool = False
+    """Whether it is stored in blocks of integers."""
 
     @property
     def nbytes(self) -> int:

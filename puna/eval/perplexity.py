@@ -60,8 +60,12 @@ def bits_per_byte(
 def text_bits_per_byte(
     model: Transformer, tokenizer: Tokenizer, text: str, seq_len: int | None = None
 ) -> tuple[float, float, int]:
-    """(bits per byte, perplexity per token, tokens scored) of a text after BOS; windows of the whole context."""
-    ids = InMemory([tokenizer.bos_id, *tokenizer.encode(text)], len(text.encode()))
+    """(bits per byte, perplexity per token, tokens scored) of a text after BOS; windows of the whole context.
+
+    Without a BOS in the vocabulary the first token is not scored.
+    """
+    bos = tokenizer.named_id("bos_token")
+    ids = InMemory([*([] if bos is None else [bos]), *tokenizer.encode(text)], len(text.encode()))
     length = min(seq_len or model.config.max_seq_len, 2048)
     bits = bits_per_byte(model, ids, length, batch_size=max(1, 4096 // length))
     scored = ids.tokens - 1

@@ -109,7 +109,9 @@ class Llama:
         """
         tokenizer = self.tokenizer.with_tokens(tokens, special=special)
         rows = max(self.model.config.vocab_size, tokenizer.vocab_size)
-        return replace(self, model=resize_embeddings(self.model, rows, self.tokenizer.vocab_size), tokenizer=tokenizer)
+        model = resize_embeddings(self.model, rows, self.tokenizer.vocab_size)
+        stops = dict.fromkeys([*tokenizer.stop_ids, *self.stop_ids])  # what was added may be the end of a turn
+        return replace(self, model=model, tokenizer=tokenizer, stop_ids=list(stops))
 
     def save(self, path: str | Path, dtype: str = "bf16", made_from: Mapping[str, Any] | None = None) -> None:
         """Write a model directory that transformers, vLLM and llama.cpp's converter open.

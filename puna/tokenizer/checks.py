@@ -17,6 +17,7 @@ from puna.errors import DataError
 # The largest published tokenizer has 33 MB, 580,000 merges, 262,144 ids; 1.7 million commas.
 MAX_BYTES, MAX_MERGES, MAX_IDS, _MAX_ITEMS = 48 << 20, 1_000_000, 1 << 20, 2_000_000
 _MAX_GROWTH = 8  # of a text by its normalizer; a space becomes three bytes
+_MAX_AFFIX, _MAX_WRITTEN, _MAX_PATTERN = 16, 64, 200  # characters, ids of a post-processor, characters
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -28,13 +29,14 @@ _LLAMA4 = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LLAMA_CPP = r"[\p{P}\$\+<=>\^\~\|]+"
-KNOWN_PATTERNS = {_LLAMA_CPP, LLAMA3, LLAMA3.replace("{1,3}", ""), GPT2, GPT2 + r"|\s+", _LLAMA4}
+LLAMA_CPP = r"[\p{P}\$\+<=>\^\~\|]+"
+KNOWN_PATTERNS = {LLAMA_CPP, LLAMA3, LLAMA3.replace("{1,3}", ""), GPT2, GPT2 + r"|\s+", _LLAMA4}
 """Published splits that were tried on a million of everything: Llama 3, Qwen 2, GPT-2, Llama 4."""
 _ATOM = r"(?:\\[pP]\{\^?\w+\}|\\.|\[\^?(?:\\[pP]\{\w+\}|\\.|[^\]\[\\&])+\]|[^\\\[\](){}|*+?^$])"
-_BRANCH = rf"(?:{_ATOM}(?:\?|\{{\d\d?(?:,\d\d?)?\}})?){{0,2}}{_ATOM}*(?:{_ATOM}[*+])?"
+_BRANCH = rf"(?:{_ATOM}\??)?(?:{_ATOM}(?:\?|\{{\d(?:,\d)?\}})?)?{_ATOM}{{0,16}}(?:{_ATOM}[*+])?"
 _LINEAR = re.compile(rf"(?:{_BRANCH})(?:\|(?:{_BRANCH}))*")
-"""Patterns that cannot backtrack: in each branch what repeats without bound stands last."""
+"""Patterns that hardly backtrack: in each branch what repeats without bound stands last, and before it one part may be
+there or not, one repeat up to nine times."""
 
 
 def parse(raw: bytes, where: object) -> dict[str, Any]:
@@ -62,6 +64,16 @@ def patterns(step: Any) -> list[str]:
         own = [step["Regex"]] if isinstance(step.get("Regex"), str) else []
         return own + [p for inner in step.values() for p in patterns(inner)]
     return [p for inner in step for p in patterns(inner)] if isinstance(step, list) else []
+
+
+def leaves(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps inside a step of a tokenizer.json, however deep its sequences lie in one another."""
+    if not step:
+        return []
+    if step["type"] != "Sequence":
+        return [step]
+    parts = [part for name in ("normalizers", "pretokenizers", "processors") for part in step.get(name, [])]
+    return [leaf for part in parts for leaf in leaves(part)]
 
 
 @contextlib.contextmanager
@@ -101,12 +113,7 @@ def _check(parsed: dict[str, Any]) -> None:
     _check_added(added, vocab if isinstance(vocab, Mapping) else {}, set(ids))
     if any(type(i) is not int or not 0 <= i < MAX_IDS for i in [*ids, *(t["id"] for t in added)]):
         raise ValueError(f"an id that is not in 0..{MAX_IDS}")
-    steps = [parsed.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
-    for pattern in patterns(steps):
-        if pattern not in KNOWN_PATTERNS and not _LINEAR.fullmatch(pattern):
-            raise ValueError(f"the pattern {pattern[:120]!r} may never end on some text")
-    if _growth(parsed.get("normalizer")) > _MAX_GROWTH:
-        raise ValueError("the normalizer makes a long text of a short one")
+    _check_steps(parsed)
 
 
 def _check_added(added: Sequence[Any], vocab: Mapping[str, int], ids: set[int]) -> None:
@@ -121,7 +128,29 @@ def _check_added(added: Sequence[Any], vocab: Mapping[str, int], ids: set[int]) 
             raise ValueError(f"the control token {text[:80]!r} is a word that any text may hold")
 
 
+def _check_steps(parsed: Mapping[str, Any]) -> None:
+    """What happens to a text around the model may take time and memory of the text's size only."""
+    steps = [parsed.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    for pattern in patterns(steps):
+        if pattern not in KNOWN_PATTERNS and (len(pattern) > _MAX_PATTERN or not _LINEAR.fullmatch(pattern)):
+            raise ValueError(f"the pattern {pattern[:120]!r} may never end on some text")
+    if _growth(parsed.get("normalizer")) > _MAX_GROWTH:
+        raise ValueError("the normalizer makes a long text of a short one")
+    if sum(map(_written, leaves(parsed.get("post_processor")))) > _MAX_WRITTEN:
+        raise ValueError("the post-processor writes many ids around every text")
+    affixes = [parsed["model"].get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix")]
+    affixes += [step["prepend"] for step in leaves(parsed.get("normalizer")) if step["type"] == "Prepend"]
+    if any(len(affix or "") > _MAX_AFFIX for affix in affixes):
+        raise ValueError("something long is put before or after every text or word")
+
+
 def _growth(normalizer: Mapping[str, Any] | None) -> int:
-    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    replaced = [s for s in steps if s["type"] == "Replace"]
+    replaced = [s for s in leaves(normalizer) if s["type"] == "Replace"]
     return math.prod(max(1, len(s["content"]) // len(s["pattern"].get("String") or "?")) for s in replaced)
+
+
+def _written(processor: Mapping[str, Any]) -> int:
+    """Pieces that a post-processor's templates are made of: ids, and the text itself."""
+    pieces = [piece for template in ("single", "pair") for piece in processor.get(template, [])]
+    named = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
+    return len(pieces) + sum(len(processor["special_tokens"][name]["ids"]) for name in named)

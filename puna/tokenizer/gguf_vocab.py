@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers
 
 from puna.errors import DataError
 from puna.log import log
 from puna.tokenizer import sentencepiece_model as sp
-from puna.tokenizer.checks import GPT2, MAX_IDS, MAX_MERGES, engine_errors
+from puna.tokenizer.canonical import bos_first, merges_in, state, texts_in
+from puna.tokenizer.checks import GPT2, LLAMA_CPP, MAX_IDS, MAX_MERGES, engine_errors
 from puna.tokenizer.sentencepiece_model import Piece, Pieces
 from puna.tokenizer.spm_json import pieces_of, spm_files
 from puna.tokenizer.tiktoken_model import llama3_split
@@ -70,12 +71,12 @@ def gguf_fields(tokenizer: Tokenizer, size: int = 0) -> dict[str, Any]:
     if "scores" in fields:
         fields["scores"] += [-1e4 for _ in padding]
     for ours, theirs in _NAMED.items():
-        ends = [t for t in _ENDS.get(ours, ()) if t in tokenizer.special_tokens]
-        if token := tokenizer.named_token(ours) or next(iter(ends), None):
-            fields[f"{theirs}_token_id"] = tokens.index(token)
+        named = (tokenizer.named_id(ours), *(tokenizer.special_tokens.get(end) for end in _ENDS.get(ours, ())))
+        if (id := next((i for i in named if i is not None), None)) is not None:
+            fields[f"{theirs}_token_id"] = id
     fields |= {"add_bos_token": tokenizer.adds_bos, "add_eos_token": False}
     template = tokenizer.files.get("chat_template.jinja")
-    more = {"tokenizer.chat_template": template.decode("utf-8")} if template else {}
+    more = {"tokenizer.chat_template": template.decode("utf-8", errors="replace")} if template else {}
     return {_GGML + name: value for name, value in fields.items()} | more
 
 
@@ -120,19 +121,16 @@ def _bpe_files(metadata: Mapping[str, Any], tokens: list[str], kinds: list[int],
     if metadata.get(f"{_GGML}add_bos_token", split == "llama-bpe"):
         if bos is None:
             raise _wrong("a text begins with BOS, and no BOS is named")
-        name = tokens[bos]
-        engine.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
-            single=[name, "$A"], pair=[name, "$A", f"{name}:1", "$B:1"], special_tokens=[(name, bos)]
-        )
+        engine.post_processor = bos_first(tokens[bos], bos)  # type: ignore[assignment]
     return {"tokenizer.json": engine.to_str(pretty=True).encode()}
 
 
 def _bpe_fields(tokenizer: Tokenizer) -> dict[str, Any]:
     parsed = tokenizer.parsed
     model, added = parsed["model"], {token["content"]: token for token in parsed["added_tokens"]}
-    splits = {_state(make()): name for name, make in _SPLITS.items()}
-    split = splits.get(_state(tokenizer.pre_tokenizer))
-    if model["type"] != "BPE" or split is None or parsed["normalizer"]:
+    splits = {state(make()): name for name, make in _SPLITS.items()}
+    split = splits.get(state(tokenizer.pre_tokenizer))
+    if model["type"] != "BPE" or split is None or parsed.get("normalizer"):
         raise DataError(
             "this tokenizer has no form in GGUF", where=tokenizer.where, cause="GGUF knows splits by name only",
             fix=f"one that splits like {', '.join(_SPLITS)}, or SentencePiece",
@@ -141,9 +139,7 @@ def _bpe_fields(tokenizer: Tokenizer) -> dict[str, Any]:
         log.warning(
             "%s: llama.cpp will%s merge words that are one token", tokenizer.where, " not" * (split == "llama-bpe")
         )
-    ids = {text: token["id"] for text, token in added.items()} | model["vocab"]
-    texts = sorted(ids, key=ids.__getitem__)
-    if [ids[t] for t in texts] != list(range(len(texts))):
+    if (texts := texts_in(parsed)) is None:
         raise DataError("there are gaps between the ids", where=tokenizer.where)
 
     def kind(i: int, text: str) -> int:
@@ -151,17 +147,13 @@ def _bpe_fields(tokenizer: Tokenizer) -> dict[str, Any]:
             return sp.CONTROL if added[text]["special"] else sp.USER
         return sp.UNUSED if text == _padding(i) else sp.NORMAL
 
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     kinds = [kind(i, text) for i, text in enumerate(texts)]
+    merges = [" ".join(pair) for pair in merges_in(parsed)]
     return {"model": "gpt2", "pre": split, "tokens": texts, "token_type": kinds, "merges": merges}
 
 
 def _padding(id: int) -> str:
     return f"[PAD{id}]"
-
-
-def _state(pre_tokenizer: Any) -> bytes:
-    return pre_tokenizer.__getstate__() if pre_tokenizer is not None else b""
 
 
 def _smollm() -> pre_tokenizers.PreTokenizer:
@@ -174,7 +166,7 @@ def _gpt2() -> pre_tokenizers.PreTokenizer:
 
 def _default() -> pre_tokenizers.PreTokenizer:
     """What llama.cpp does for files that name no split."""
-    patterns = (r"[\p{P}\$\+<=>\^\~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
+    patterns = (LLAMA_CPP, GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
     splits = [pre_tokenizers.Split(tokenizers.Regex(p), behavior="isolated") for p in patterns]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 

@@ -81,7 +81,10 @@ def read_sentencepiece(raw: bytes, where: object) -> Pieces:
     if normalizer.get(2) or normalizer.get(4, 1) or not normalizer.get(5, 1) or trainer.get(24, 0):
         what = "the SentencePiece normaliser rewrites text"
         raise DataError(what, where=where, cause="not a Llama's: those keep every character and every space")
-    vocabulary = Pieces(pieces, trainer.get(41, 1), trainer.get(42, 2), bool(normalizer.get(3, 1)))
+    bos, eos = trainer.get(41, 1), trainer.get(42, 2)
+    if type(bos) is not int or type(eos) is not int:
+        raise DataError(f"BOS is {bos!r}, EOS {eos!r}", where=where, cause="a damaged or hostile file")
+    vocabulary = Pieces(pieces, bos, eos, bool(normalizer.get(3, 1)))
     return check(vocabulary, where)
 
 

@@ -4,20 +4,23 @@ SentencePiece merges the neighbours whose piece has the best score; `tokenizers`
 way to make a piece of two, best piece first, says the same.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, processors
+from tokenizers import decoders, models, normalizers
 
 from puna.errors import DataError
 from puna.log import log
 from puna.tokenizer import sentencepiece_model as sp
+from puna.tokenizer.canonical import bos_first, merges_in, texts_in
+from puna.tokenizer.checks import leaves
 from puna.tokenizer.sentencepiece_model import Piece, Pieces
 from puna.tokenizer.tokenizer import Tokenizer, tokenizer_config
 
 _MODEL = "tokenizer.model"
+_PREPEND = {"type": "Prepend", "prepend": sp.SPACE}
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": sp.SPACE}
 
 
 def spm_files(vocabulary: Pieces, add_bos: bool = True) -> dict[str, bytes]:
@@ -44,9 +47,7 @@ def spm_files(vocabulary: Pieces, add_bos: bool = True) -> dict[str, bytes]:
             engine.add_tokens([tokenizers.AddedToken(piece.text, special=piece.kind != sp.USER, normalized=False)])
     bos, eos = pieces[vocabulary.bos].text, pieces[vocabulary.eos].text
     if add_bos:
-        engine.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocabulary.bos)]
-        )
+        engine.post_processor = bos_first(bos, vocabulary.bos)  # type: ignore[assignment]
     return {
         "tokenizer.json": engine.to_str(pretty=True).encode(),
         "tokenizer_config.json": tokenizer_config(bos_token=bos, eos_token=eos, unk_token=unknown),
@@ -72,14 +73,32 @@ def pieces_of(tokenizer: Tokenizer) -> Pieces | None:
     before a text that begins with one.
     """
     parsed = tokenizer.parsed
-    model = parsed["model"]
-    unknown = model["unk_token"] or tokenizer.named_token("unk_token") or "<unk>"
-    if model["type"] != "BPE" or not model.get("byte_fallback"):
+    model, texts, prefix = parsed["model"], texts_in(parsed), _adds_prefix(parsed)
+    if model["type"] != "BPE" or not model.get("byte_fallback") or texts is None or prefix is None:
         return None
-    added = {token["content"]: token for token in parsed["added_tokens"]}
-    ids = {text: token["id"] for text, token in added.items()} | model["vocab"]
-    texts = sorted(ids, key=ids.__getitem__)
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    merges, known = merges_in(parsed), _stored_pieces(tokenizer)
+    pieces = _made_pieces(tokenizer, parsed, texts, merges)
+    if [p.text for p in known] == texts[: len(known)]:
+        pieces[: len(known)] = known
+    try:
+        eos, bos = tokenizer.eos_id, tokenizer.bos_id
+        vocabulary = sp.check(Pieces(pieces, bos, eos, prefix), tokenizer.where)
+    except DataError:
+        return None
+    if not _same_merges(merges, pieces):
+        return None
+    if prefix and leaves(parsed.get("pre_tokenizer")):
+        log.warning("%s: text that begins with a space gets other ids in SentencePiece and GGUF", tokenizer.where)
+    return vocabulary
+
+
+def _made_pieces(
+    tokenizer: Tokenizer, parsed: Mapping[str, Any], texts: list[str], merges: list[tuple[str, str]]
+) -> list[Piece]:
+    """The pieces with the order of the merges for scores."""
+    unknown = parsed["model"].get("unk_token") or tokenizer.named_token("unk_token") or "<unk>"
+    special = {token["content"]: token["special"] for token in parsed["added_tokens"]}
+    bytes_ = set(sp.byte_pieces())
     place: dict[str, int] = {}
     for a, b in merges:
         place.setdefault(a + b, len(place))
@@ -87,31 +106,16 @@ def pieces_of(tokenizer: Tokenizer) -> Pieces | None:
     def piece(i: int, text: str) -> Piece:
         if text == unknown:
             return Piece(text, 0.0, sp.UNKNOWN)
-        if text in added:
-            return Piece(text, 0.0, sp.CONTROL if added[text]["special"] else sp.USER)
-        if text in byte_texts:
+        if text in special:
+            return Piece(text, 0.0, sp.CONTROL if special[text] else sp.USER)
+        if text in bytes_:
             return Piece(text, 0.0, sp.BYTE)
         return Piece(text, float(-place.get(text, len(place) + i)), sp.NORMAL)
 
-    byte_texts = set(sp.byte_pieces())
-    pieces = [piece(i, text) for i, text in enumerate(texts)]
-    known = _stored_pieces(tokenizer)
-    if [p.text for p in known] == texts[: len(known)]:
-        pieces[: len(known)] = known
-    try:
-        eos, bos = tokenizer.eos_id, tokenizer.bos_id
-        vocabulary = sp.check(Pieces(pieces, bos, eos, _adds_prefix(parsed)), tokenizer.where)
-    except DataError:
-        return None
-    gapless = [ids[text] for text in texts] == list(range(len(texts)))
-    if not gapless or not _same_merges(merges, pieces):
-        return None
-    if vocabulary.add_prefix and "Metaspace" in json.dumps(parsed["pre_tokenizer"]):
-        log.warning("%s: text that begins with a space gets other ids in SentencePiece and GGUF", tokenizer.where)
-    return vocabulary
+    return [piece(i, text) for i, text in enumerate(texts)]
 
 
-def _same_merges(merges: list[Any], pieces: list[Piece]) -> bool:
+def _same_merges(merges: list[tuple[str, str]], pieces: list[Piece]) -> bool:
     """Whether the list holds every merge, in the order of the scores."""
     rank = {piece.text: (-piece.score, i) for i, piece in enumerate(pieces)}
     order = [rank.get(a + b, (0.0, 0)) for a, b in merges]
@@ -126,10 +130,11 @@ def _stored_pieces(tokenizer: Tokenizer) -> list[Piece]:
         return []
 
 
-def _adds_prefix(parsed: Mapping[str, Any]) -> bool:
-    steps = [parsed.get("normalizer") or {}, parsed.get("pre_tokenizer") or {}]
-    flat = [part for s in steps for part in s.get("normalizers", s.get("pretokenizers", [s]))]
-    return any(
-        part.get("type") == "Prepend" or (part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never")
-        for part in flat
-    )
+def _adds_prefix(parsed: Mapping[str, Any]) -> bool | None:
+    """Whether a space is put before the text; None where the text is changed or split in other ways, too."""
+    steps = leaves(parsed.get("normalizer")) + leaves(parsed.get("pre_tokenizer"))
+    if steps in ([_PREPEND, _REPLACE], [_REPLACE]):
+        return len(steps) == 2
+    if [step["type"] for step in steps] != ["Metaspace"] or steps[0]["replacement"] != sp.SPACE:
+        return None
+    return None if steps[0].get("split", True) else steps[0].get("prepend_scheme") != "never"

@@ -13,7 +13,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from puna.errors import DataError
-from puna.tokenizer.checks import LLAMA3, patterns
+from puna.tokenizer.canonical import bos_first, merges_in, state
+from puna.tokenizer.checks import LLAMA3
 from puna.tokenizer.decoding import byte_of_character
 from puna.tokenizer.tokenizer import Tokenizer, tokenizer_config
 
@@ -65,14 +66,8 @@ def bpe_files(ranks: Mapping[bytes, int], specials: Sequence[str]) -> dict[str, 
     engine.pre_tokenizer = llama3_split()  # type: ignore[assignment]
     engine.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     engine.add_special_tokens([tokenizers.AddedToken(s, special=True, normalized=False) for s in specials])
-    bos = (specials[0], len(ranks))
     engine.post_processor = processors.Sequence(  # type: ignore[assignment]
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]}:1 $B:1", special_tokens=[bos]
-            ),
-        ]
+        [processors.ByteLevel(trim_offsets=False), bos_first(specials[0], len(ranks))]
     )
     named = {"bos_token": specials[0], "eos_token": specials[1]}
     if _PAD in specials:
@@ -110,14 +105,18 @@ def ranks_of(tokenizer: Tokenizer) -> dict[bytes, int] | None:
     """The ranks of a tokenizer whose ids tiktoken would give; None where it would not."""
     parsed = tokenizer.parsed
     model, alphabet = parsed["model"], byte_of_character()
-    if model["type"] != "BPE" or not model.get("ignore_merges") or patterns(parsed["pre_tokenizer"]) != [LLAMA3]:
+    if model["type"] != "BPE" or not model.get("ignore_merges"):
         return None
-    added = {token["content"] for token in parsed["added_tokens"]}
+    if parsed.get("normalizer") or state(tokenizer.pre_tokenizer) != state(llama3_split()):
+        return None
+    added = {token["content"]: token["special"] for token in parsed["added_tokens"]}
+    if not all(added.values()):  # a word that is always one id, which tiktoken has no way to say
+        return None
     spelled = {text: rank for text, rank in model["vocab"].items() if text not in added}
     if any(c not in alphabet for text in spelled for c in text):
         return None
     ranks = {bytes(alphabet[c] for c in text): rank for text, rank in spelled.items()}
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    merges = merges_in(parsed)
     ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
     made = [spelled.get(a + b, -1) for a, b in merges]
     whole = list(ranks.values()) == list(range(len(ranks))) and all(bytes([b]) in ranks for b in range(256))

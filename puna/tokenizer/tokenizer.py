@@ -18,6 +18,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_tem
 _AS_WRITTEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 _PAIRS = (("<|begin_of_text|>", "<|end_of_text|>"), ("<s>", "</s>"))
 """BOS and EOS of Llama 3, and of Llama 1 and 2, for a tokenizer.json without its config."""
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "eot_token", "eom_token")
 _STOPS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
 
@@ -41,8 +42,10 @@ class Tokenizer:
             self.files["tokenizer_config.json"] = self._guessed_config()
         with engine_errors("tokenizer_config.json cannot be read", self.where):
             self._config = dict(json.loads(self.files["tokenizer_config.json"]))
-        if template := _template(self._config.get("chat_template")):
-            self.files.setdefault("chat_template.jinja", template.encode())
+            if odd := [key for key in _NAMED if not isinstance(self.named_token(key), str | None)]:
+                raise ValueError(f"{odd[0]} is {self._config[odd[0]]!r}")
+            if template := _template(self._config.get("chat_template")):
+                self.files.setdefault("chat_template.jinja", template.encode())
         self._spelling = Spelling(self._engine, parsed.get("decoder"), self.where)
         self.fingerprint = "sha256:" + hashlib.sha256(raw).hexdigest()
 
@@ -85,7 +88,8 @@ class Tokenizer:
     @cached_property
     def adds_bos(self) -> bool:
         """Whether a prompt starts with BOS, as the tokenizer's own post-processor says."""
-        return self._engine.encode("", add_special_tokens=True).ids[:1] == [self.named_id("bos_token")]
+        with engine_errors("the post-processor of tokenizer.json fails", self.where):
+            return self._engine.encode("", add_special_tokens=True).ids[:1] == [self.named_id("bos_token")]
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text` alone, no BOS or EOS. `special` lets control strings in the text become control ids."""
@@ -151,7 +155,7 @@ class Tokenizer:
         return Tokenizer({**self.files, "tokenizer.json": raw})
 
     def named_token(self, key: str) -> str | None:
-        """The spelling of bos_token, eos_token, pad_token or unk_token, if there is one."""
+        """The spelling of bos_token, eos_token, pad_token, unk_token, eot_token or eom_token, if there is one."""
         token = self._config.get(key)
         return token["content"] if isinstance(token, dict) else token
 

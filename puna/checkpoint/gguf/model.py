@@ -119,7 +119,7 @@ def _weight(file: Gguf, name: str, config: ModelConfig) -> Weight:
             weight = torch.from_numpy(file.raw(name).copy()).view(dtype).view(file.shape(name))
         return to_halves(weight, config.head_dim) if is_rotated(our_name(name)) else weight
 
-    return Weight(file.shape(name), dtype or torch.float32, read)
+    return Weight(file.shape(name), dtype or torch.float32, read, quantized=dtype is None)
 
 
 def _count(file: Gguf, key: str, default: int | None = None) -> int:

@@ -30,7 +30,7 @@ EIGHT = Budget("weights quantized to 8 bits", kl=0.02, perplexity=0.02)
 FOUR = Budget("weights quantized to 4 bits or more", kl=1.0, perplexity=0.25)
 # fewer bits were not measured
 FEWER = Budget("weights quantized to fewer than 4 bits", kl=1.0, perplexity=1.0)
-_ROUNDED = 1 / 256  # rounding to the 8 bits of bf16 moves a tensor by about 0.002 of its length
+ROUNDING = 1 / 256  # rounding to the 8 bits of bf16 moves a tensor by about 0.002 of its length
 _BF16_LOGITS = 0.25  # activations of 8 bits: sums in another order move a logit of 20 by as much
 
 
@@ -46,7 +46,7 @@ def budget_for(storages: tuple[str, str], gap: float | None, dtype: str) -> Budg
     kinds = [set(re.findall(r"\b(?:BF16|F16|F32|F64)\b", storage)) for storage in storages]
     if gap == 0 or not (bits or kinds[0] != kinds[1]):
         return same
-    if not bits or (gap is not None and gap <= _ROUNDED):
+    if not bits or (gap is not None and gap <= ROUNDING):
         return ROUNDED
     return EIGHT if min(bits) >= 8 else FOUR if min(bits) >= 4 else FEWER
 

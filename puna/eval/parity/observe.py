@@ -90,10 +90,10 @@ def apart(one: Observed, two: Observed) -> Apart:
         width = min(logits.shape[1] for logits in pair)
         a, b = (logits[:, :width].double() for logits in pair)
         gaps = (a - b).abs()
-        largest, total, count = _larger(largest, gaps.max().item()), total + gaps.sum().item(), count + gaps.numel()
+        largest, total, count = larger(largest, gaps.max().item()), total + gaps.sum().item(), count + gaps.numel()
         a, b = (torch.log_softmax(logits, -1) for logits in (a, b))
         kl = (a.exp() * (a - b)).sum(-1)
-        kl_sum, kl_max, positions = kl_sum + kl.sum().item(), _larger(kl_max, kl.max().item()), positions + len(kl)
+        kl_sum, kl_max, positions = kl_sum + kl.sum().item(), larger(kl_max, kl.max().item()), positions + len(kl)
         gaps = (a - b).abs()
         if not gaps.max().item() <= worst:
             place = int(gaps.argmax())  # a NaN counts as the largest
@@ -113,6 +113,6 @@ def _ids(llama: Llama, prompt: str) -> list[int]:
     return llama.encode(prompt) or [llama.tokenizer.bos_id]
 
 
-def _larger(a: float, b: float) -> float:
+def larger(a: float, b: float) -> float:
     """The maximum, but NaN if either is: a comparison that hides it passes."""
     return b if b != b or b > a else a

@@ -13,7 +13,7 @@ from puna.eval.parity.budget import Budget, budget_for, logit_rows, perplexity_r
 from puna.eval.parity.material import PROMPTS, TEXT
 from puna.eval.parity.observe import Observed, apart, observe, same_answers
 from puna.eval.parity.rows import Row, config_row, stops_row, template_row, tokenizer_row, vocabularies_apart
-from puna.eval.parity.weights import compare_weights, merged_row, times_merged, weights_row
+from puna.eval.parity.weights import compare_weights, merged_row, weights_row
 from puna.infer.llama import load
 from puna.log import log
 from puna.tokenizer.tokenizer import Tokenizer
@@ -107,8 +107,8 @@ def _weights(one: Side, two: Side) -> tuple[list[Row], tuple[str, str], float | 
         return [], ("F32", "F32"), None
     if one.adapter or two.adapter:  # an adapter is added in fp32, and what is left of that the merged one decides
         adapted, plain = (one, two) if one.adapter else (two, one)
-        times = times_merged(load(adapted.found, "fp32", "cpu").model, plain.stored.weights)
-        return [merged_row(times)], ("F32", plain.stored.storage), None
+        row = merged_row(load(adapted.found, "fp32", "cpu").model, plain.stored.weights)
+        return [row], ("F32", plain.stored.storage), None
     found, storages = compare_weights(one.stored, two.stored), (one.stored.storage, two.stored.storage)
     return [weights_row(found, storages)], storages, found.worst
 

@@ -8,10 +8,14 @@ from torch import Tensor
 
 from puna.checkpoint.rope_layout import to_halves, to_neighbours
 from puna.checkpoint.stored import Stored, Weight
+from puna.eval.parity.budget import ROUNDING
+from puna.eval.parity.observe import larger
 from puna.eval.parity.rows import Row
 from puna.lora import lora_layers
 from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
+
+_UNMOVED = 1e-6  # as a share of the weights' length
 
 
 class Weights(NamedTuple):
@@ -20,59 +24,70 @@ class Weights(NamedTuple):
     tensors: int
     equal: int
     worst: float
+    worst_plain: float
+    """Of those that neither model has quantized."""
     told: list[str]
     """What is missing, and the likely mistake."""
 
 
 def compare_weights(a: Stored, b: Stored) -> Weights:
     """Every tensor of both; two are in memory at a time."""
-    equal, worst, name_of_worst, mistakes = 0, 0.0, "", {}
+    gaps: dict[str, float] = {}
+    mistakes: dict[str, int] = {}
     both = [name for name in a.weights if name in b.weights]
     for name in both:
         one, two = a.weights[name].read(), b.weights[name].read()
         if one.shape != two.shape:
             mistakes[f"{name} is {tuple(one.shape)} in A, {tuple(two.shape)} in B"] = 1
-            worst = float("inf")
             continue
-        gap = _gap(one, two)
-        equal += gap == 0
-        if not gap <= worst:
-            worst, name_of_worst = gap, name
+        gap = gaps[name] = _gap(one, two)
         if not gap <= 0.1 and (mistake := _mistake(name, one, two, gap, a.config)):
             mistakes[mistake] = mistakes.get(mistake, 0) + 1
     told = [f"{mistake} ({count} tensors)" if count > 1 else mistake for mistake, count in mistakes.items()]
-    told += [f"furthest apart: {name_of_worst}, by {worst:.2g} of its length"] if name_of_worst else []
+    quantized = {name for name in gaps if a.weights[name].quantized or b.weights[name].quantized}
+    plain, packed = (_worst({n: gap for n, gap in gaps.items() if (n in quantized) == kind}) for kind in (False, True))
+    furthest = [f"{name} by {gap:.2g} of its length" for name, gap in (plain, packed) if gap]
+    told += [f"furthest apart: {', '.join(furthest)}"] if furthest else []
     missing = _missing("A", a, b) + _missing("B", b, a)
-    return Weights(len(both), equal, float("inf") if missing else worst, missing + told)
+    worst = float("inf") if missing or len(gaps) < len(both) else larger(plain[1], packed[1])
+    return Weights(len(both), sum(gap == 0 for gap in gaps.values()), worst, plain[1], missing + told)
 
 
 def weights_row(found: Weights, storages: tuple[str, str]) -> Row:
-    """Equal is well; rounding and quantization explain a difference, if it is no larger than theirs."""
+    """Equal is well; rounding, and quantization of what is quantized, explain a difference no larger than theirs."""
     if found.equal == found.tensors and not found.told:
         return Row("weights", True, f"{found.tensors} tensors, equal bit for bit")
-    explained = storages[0] != storages[1] and found.worst < 0.5
+    explained = storages[0] != storages[1] and found.worst < 0.5 and found.worst_plain <= ROUNDING
     well = None if explained or found.worst == 0 else False
     return Row("weights", well, "; ".join([f"{found.equal} of {found.tensors} tensors are equal", *found.told]))
 
 
-def times_merged(adapted: Transformer, weights: Mapping[str, Weight]) -> float:
+def merged_row(adapted: Transformer, weights: Mapping[str, Weight]) -> Row:
+    """A merge that was forgotten, or made twice, answers in whole sentences."""
+    shapes = {f"{name}.weight": tuple(layer.base.weight.shape) for name, layer in lora_layers(adapted).items()}
+    if unlike := [name for name, shape in shapes.items() if name not in weights or weights[name].shape != shape]:
+        return Row("weights", False, f"{len(unlike)} adapted tensors are missing or of another shape: {unlike[0]}")
+    times = times_merged(adapted, weights)
+    if times is None:
+        return Row("weights", None, "the adapter changes nothing")
+    wrong = ": it was not merged" if abs(times) < 0.25 else ": it was merged twice" if abs(times - 2) < 0.25 else ""
+    return Row("weights", abs(times - 1) < 0.1, f"the adapter is in them {times:.2f} times, expected 1{wrong}")
+
+
+def times_merged(adapted: Transformer, weights: Mapping[str, Weight]) -> float | None:
     """How many times a model's weights hold the adapters of `adapted`: 0 where it is their base, 2 if merged twice.
 
-    The least-squares t of W' - W = t (merged - W) over all adapted layers. NaN where there is nothing to measure.
+    The least-squares t of W' - W = t (merged - W) over all adapted layers. None if they change W by no more than
+    the rounding of DoRA's division.
     """
-    along = length = 0.0
+    along = length = whole = 0.0
     for name, layer in lora_layers(adapted).items():
         base = layer.base.weight.detach().float().cpu()
         delta = layer.full_weight().float().cpu() - base
         moved = weights[f"{name}.weight"].read().float() - base
         along, length = along + (moved * delta).sum().item(), length + delta.square().sum().item()
-    return along / length if length else float("nan")
-
-
-def merged_row(times: float) -> Row:
-    """A merge that was forgotten, or made twice, answers in whole sentences."""
-    wrong = ": it was not merged" if abs(times) < 0.25 else ": it was merged twice" if abs(times - 2) < 0.25 else ""
-    return Row("weights", abs(times - 1) < 0.1, f"the adapter is in them {times:.2f} times, expected 1{wrong}")
+        whole += base.square().sum().item()
+    return None if length <= whole * _UNMOVED**2 else along / length
 
 
 def _gap(one: Tensor, two: Tensor) -> float:
@@ -81,6 +96,11 @@ def _gap(one: Tensor, two: Tensor) -> float:
     if torch.equal(one, two):
         return 0.0
     return ((one - two).norm() / one.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
+
+
+def _worst(gaps: Mapping[str, float]) -> tuple[str, float]:
+    """The largest gap and whose it is; NaN, which compares false with everything, before all."""
+    return max(gaps.items(), key=lambda item: (item[1] != item[1], item[1]), default=("", 0.0))
 
 
 def _mistake(name: str, one: Tensor, two: Tensor, gap: float, config: ModelConfig) -> str:
