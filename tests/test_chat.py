@@ -206,6 +206,18 @@ def test_templates_are_confined(tokenizers_by_template: dict[str, Tokenizer]) ->
         ChatFormat(tokenizer)
 
 
+def test_control_tokens_are_counted(tokenizer_folder: Path) -> None:
+    """Without any there is nothing to cut a text at; beyond the private-use characters one would stand for another."""
+    files = Tokenizer(tokenizer_folder).files
+    tokenizer = json.loads(files["tokenizer.json"])
+    added, tokenizer["post_processor"] = tokenizer["added_tokens"], None
+    more = [{**added[0], "id": added[-1]["id"] + 1 + i, "content": f"<|{i}|>"} for i in range(60_001 - len(added))]
+    for tokens, count in (([], 0), ([*added, *more], 60_001)):
+        tokenizer["added_tokens"] = tokens
+        with pytest.raises(DataError, match=f"{count:,} control tokens"):
+            ChatFormat(Tokenizer({**files, "tokenizer.json": json.dumps(tokenizer).encode()}), "llama3")
+
+
 @pytest.fixture(scope="module")
 def llama3(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Llama 3's own tokenizer."""

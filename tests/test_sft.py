@@ -15,8 +15,11 @@ from command_line import puna as command
 from safetensors.torch import load_file
 
 import puna
+from puna.config import load_config
+from puna.data.packing import PackedLoader
 from puna.errors import CheckpointError, UsageError
 from puna.eval.parity.observe import compare_models
+from puna.infer import llama
 from puna.infer.rehearsal import rehearsal
 from puna.log import Metrics
 from puna.lora import lora_parameters
@@ -278,6 +281,39 @@ def test_before_and_after_are_told(base: Path, rows: Path, tmp_path: Path) -> No
     assert json.loads((again / "measured.json").read_text()) == measured
     assert json.loads((again / "result.json").read_text())["tasks"] == result["tasks"]
     assert [r["step"] for r in Metrics(again / "samples.jsonl").read()] == [0, 3, 6, 9]
+
+
+def test_what_is_asked_is_what_was_trained(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples and tasks asked on today's date measure another prompt than was trained; so does a second template."""
+    row = {"messages": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    shutil.copytree(base / "final", tmp_path / "base")
+    file = tmp_path / "base/tokenizer_config.json"
+    old = {**json.loads(file.read_text()), "chat_template": bundled("llama3")}
+    file.write_text(json.dumps(old), encoding="utf-8")
+    prompts, rows = [], []
+    monkeypatch.setattr(
+        llama.Llama, "continue_ids", lambda self, ids, *_, **__: prompts.extend(ids) or [[3]] * len(ids)
+    )
+    monkeypatch.setattr(
+        sft, "PackedLoader", lambda given, **options: rows.extend(given) or PackedLoader(given, **options)
+    )
+    for template, variables in (("llama3.2", {}), ("llama3.1", {"builtin_tools": ["brave_search"]})):
+        output = tmp_path / template
+        tune(
+            tmp_path / "base", tmp_path / "rows.jsonl", output, template=template, valid_fraction=0, steps=1,
+            seq_len=192, variables=variables, **{"samples.prompts": ["How many?"]},
+        )  # fmt: skip
+        tokenizer = puna.load(output).tokenizer
+        said = tokenizer.decode(prompts[-1])
+        assert "26 Jul 2024" in said
+        assert ("Tools: brave_search" in said) == bool(variables)
+        assert rows[-1].ids[: len(prompts[-1])] == prompts[-1]
+        assert "chat_template" not in json.loads((output / "final/tokenizer_config.json").read_text())
+        assert tokenizer.files["chat_template.jinja"].decode() == bundled(template)
+    assert load_config(sft.Config, given={"variables.tools_in_user_message": "false"}).variables == {
+        "tools_in_user_message": False
+    }
 
 
 def test_rehearsal_is_in_the_models_own_ids() -> None:

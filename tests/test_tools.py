@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import transformers
 from hypothesis import HealthCheck, given, settings
@@ -217,9 +218,14 @@ def test_every_spelling_of_messages_and_tools_is_one(tokenizer: Tokenizer) -> No
 
 
 def test_templates_without_tools_refuse_them(tokenizer: Tokenizer) -> None:
-    """A template that ignores tools trains answers out of nowhere."""
+    """A template that ignores tools trains answers out of nowhere, whether or not a text has the tool's name."""
     for messages, tools in [(DIALOG, None), (DIALOG[:2], [WEATHER])]:
         with pytest.raises(DataError, match=r"leaves out the (call of|tool) get_weather"):
+            ChatFormat(tokenizer, "llama3").encode(messages, tools=tools)
+    said = {"role": "assistant", "content": "I use get_time now.", "tool_calls": [call("get_time", zone=3)]}
+    about = [{"role": "user", "content": "what is get_weather, assistant?"}, ANSWER]
+    for messages, tools in [([ASK, said], None), (about, [WEATHER]), (about, [{"name": "assistant"}])]:
+        with pytest.raises(DataError, match="leaves out the"):
             ChatFormat(tokenizer, "llama3").encode(messages, tools=tools)
     two = {"role": "assistant", "tool_calls": [call("f", a="x"), call("g", b="y")]}
     with pytest.raises(DataError, match="one tool at a time"):
@@ -246,7 +252,6 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 def read_back(tokenizer: Tokenizer, name: str, calls: list[dict], **variables: Any) -> Any:
     chat = ChatFormat(tokenizer, name, date_string=DAY, **variables)
     [learned] = stretches(*chat.encode([ASK, {"role": "assistant", "tool_calls": calls}]))
-    assert chat.waits(learned)
     return chat.parse(learned)
 
 
@@ -348,8 +353,8 @@ def test_no_output_of_a_model_raises(tokenizer: Tokenizer, parts: list[str], ids
         assert message.get("tool_calls") != []
 
 
-def test_where_a_reply_ends_and_whether_it_waits(tokenizer: Tokenizer) -> None:
-    """Words after the stop are nobody's; <|eom_id|> hands over to a tool, <|eot_id|> to the user."""
+def test_where_a_reply_ends(tokenizer: Tokenizer) -> None:
+    """Words after the stop are nobody's."""
     chat, special = ChatFormat(tokenizer, "llama3.1"), tokenizer.special_tokens
     words, tag = tokenizer.encode("Snow."), special["<|python_tag|>"]
     code = tokenizer.encode("print(1)")
@@ -358,10 +363,54 @@ def test_where_a_reply_ends_and_whether_it_waits(tokenizer: Tokenizer) -> None:
         "role": "assistant", "content": "Snow.", "tool_calls": [call(CODE, code="print(1)")],
     }  # fmt: skip
     assert chat.parse([*words, tag]) == {"role": "assistant", "content": "Snow."}
-    assert not chat.waits([*words, special["<|eot_id|>"]])
-    assert chat.waits([*words, special["<|eom_id|>"]])
-    assert chat.waits(tokenizer.encode(WRITTEN))
-    assert not chat.waits([])
+
+
+def test_only_what_was_offered_is_called(tokenizer: Tokenizer) -> None:
+    """Who asked for JSON with a name gets it; a server must not run a function that nobody offered."""
+    chat, end = ChatFormat(tokenizer, "llama3.1"), tokenizer.special_tokens["<|eot_id|>"]
+    for text in ('{"name": "Ann", "arguments": {}}', "[print(a=1)]"):
+        for tools in (None, [WEATHER]):
+            said = [*tokenizer.encode(text), end, *tokenizer.encode("x")]
+            assert chat.answer(said, tools) == {"role": "assistant", "content": text}
+    assert chat.answer([*tokenizer.encode(WRITTEN), end], [WEATHER]) == {**CALL, "content": ""}
+    tagged = [tokenizer.special_tokens["<|python_tag|>"], *tokenizer.encode("print(1)")]
+    assert chat.answer(tagged) == {"role": "assistant", "content": "print(1)"}
+    ran = {"role": "assistant", "content": "", "tool_calls": [call(CODE, code="print(1)")]}
+    assert ChatFormat(tokenizer, "llama3.1", builtin_tools=["brave_search"]).answer(tagged) == ran
+
+
+def test_llama_is_told_of_built_in_tools(tokenizer: Tokenizer) -> None:
+    """A tool that no caller can switch on is never called, and one that nobody switched on must not be."""
+    tagged = [tokenizer.special_tokens["<|python_tag|>"], *tokenizer.encode('brave_search.call(query="snow")')]
+    prompts: list[list[int]] = []
+
+    class Speaks(llama.Llama):
+        def continue_ids(self, prompts_: Any, max_tokens: int, **sampling: Any) -> list[list[int]]:
+            prompts.extend(prompts_)
+            return [tagged]
+
+    told = tokenizer.with_template(bundled("llama3.1"))
+    for variables, calls in (({}, 0), ({"builtin_tools": ["brave_search"]}, 1)):
+        model = Speaks(None, told, Path("x"), [], variables)  # type: ignore[arg-type]
+        assert len(model.respond([ASK]).get("tool_calls", ())) == calls
+        assert ("Tools: brave_search" in tokenizer.decode(prompts[-1])) == bool(calls)
+
+
+def test_history_holds_code_as_it_was_generated(tokenizer: Tokenizer) -> None:
+    """Meta's code interpreter is sent code alone: history in another form is not what the model wrote."""
+    special = tokenizer.special_tokens
+    said = [special["<|python_tag|>"], *tokenizer.encode('x = "a"\nprint(x)'), special["<|eom_id|>"]]
+    for tools in (["brave_search"], ["code_interpreter"], []):
+        chat = ChatFormat(tokenizer, "llama3.1", builtin_tools=tools)
+        assert stretches(*chat.encode([ASK, chat.parse(said)])) == [said]
+
+
+def test_arguments_that_python_cannot_name_are_refused(tokenizer: Tokenizer) -> None:
+    """f(my key=1) is trained and no reader takes it for a call."""
+    chat = ChatFormat(tokenizer, "llama3.2-pythonic")
+    for name in ("my key", "1", "", "a-b", "é", "a=1, b"):
+        with pytest.raises(DataError, match="Python cannot write"):
+            chat.encode([ASK, {"role": "assistant", "tool_calls": [call("f", **{name: 1})]}])
 
 
 def test_rows_with_tools_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -383,6 +432,82 @@ def test_rows_with_tools_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
             to_tools(row, "x:1")
     with pytest.raises(DataError, match="x:1"):
         to_messages({"conversations": [{"from": "function_call", "value": "no JSON"}]}, "x:1")
+
+
+def test_rows_keep_what_messages_may_have(tmp_path: Path) -> None:
+    """A result that is an object was refused; which call it answers, and who speaks, was lost."""
+    said = [
+        {"role": "user", "name": "Ann", "content": "Where?"},
+        {"role": "assistant", "content": None, "tool_calls": [{**call("f", a=None), "id": "7"}], "refusal": None},
+        {"role": "tool", "name": "f", "tool_call_id": "7", "content": {"t": 12}},
+        {"role": "assistant", "content": "12", "train": False},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": said}), encoding="utf-8")
+    [(_, messages, _)] = read_conversations(ChatSource(path=tmp_path / "rows.jsonl"))
+    assert messages == [said[0], {"role": "assistant", "content": "", "tool_calls": said[1]["tool_calls"]}, *said[2:]]
+    for turn in ({"role": "user", "content": {"t": 12}}, {"from": "gpt"}, {"value": "x"}, {"role": 1, "content": "x"}):
+        with pytest.raises(DataError) as told:
+            to_messages({"messages": [turn]}, "x:1")
+        assert told.value.where == "x:1"
+
+
+def test_parquet_rows_have_their_own_arguments_alone(tmp_path: Path) -> None:
+    """Arrow gives every object the fields of all rows: a call of f(city) was trained as f(city, zone=null)."""
+    rows = [
+        {"messages": [ASK, {"role": "assistant", "content": None, "tool_calls": [call(name, **{argument: "x"})]}],
+         "tools": [{"name": name, "parameters": {"properties": {argument: {"type": "string"}}}}]}
+        for name, argument in (("f", "city"), ("g", "zone"))
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    ours, theirs = (list(read_conversations(ChatSource(path=tmp_path / f"rows.{s}"))) for s in ("parquet", "jsonl"))
+    assert [row[1:] for row in ours] == [row[1:] for row in theirs]
+
+
+class Scripted:
+    """A model that says what it was given, one answer after another."""
+
+    def __init__(self, tokenizer: Tokenizer, said: list[list[int]]):
+        self.tokenizer, self.said, self.asked = tokenizer, said, 0
+        self.template = ChatFormat(tokenizer, "llama3.1")
+
+    def continue_ids(self, prompts: list, on_token: Any, **options: Any) -> None:
+        self.asked += 1
+        for token in self.said[self.asked - 1]:
+            on_token(token)
+
+
+def typed_to(model: Scripted, text: str, monkeypatch: pytest.MonkeyPatch, tools: Path | None = None) -> None:
+    monkeypatch.setattr(llama, "load", lambda *args, **kwargs: model)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    chat.chat("x", tools=tools)
+
+
+def test_chat_survives_a_folder_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
+) -> None:
+    """A mistyped /save ended the program, and with it the conversation that was to be kept."""
+    model = Scripted(tokenizer, [tokenizer.encode("Snow.")])
+    typed_to(model, f"Hello\n/save {tmp_path}/missing/c.json\n/save {tmp_path}/c.json\n", monkeypatch)
+    assert [m["content"] for m in json.loads((tmp_path / "c.json").read_text())] == ["Hello", "Snow."]
+
+
+def test_chat_ends_where_its_input_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+    """A call at the end of the input was answered with nothing, and the model asked again, for ever."""
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]), encoding="utf-8")
+    model = Scripted(tokenizer, [tokenizer.encode(WRITTEN)] * 2)
+    typed_to(model, "How warm?\n", monkeypatch, tmp_path / "tools.json")
+    assert model.asked == 1
+
+
+def test_a_refused_turn_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+    """A result that cannot be shown to the model left its call behind, and every later turn failed too."""
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]), encoding="utf-8")
+    model = Scripted(tokenizer, [tokenizer.encode(s) for s in ("Snow.", WRITTEN, "Grass.")])
+    typed = f"Hello\nHow warm?\n\U000f0000\nAnd now?\n/save {tmp_path}/c.json\n"
+    typed_to(model, typed, monkeypatch, tmp_path / "tools.json")
+    said = [m["content"] for m in json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))]
+    assert said == ["Hello", "Snow.", "And now?", "Grass."]
 
 
 def test_chat_shows_calls_and_asks_for_their_results(

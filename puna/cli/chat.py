@@ -45,8 +45,7 @@ def chat(
         if word == "/system":
             messages = [{"role": "system", "content": rest}] if rest else []
         elif word == "/save":
-            Path(rest or "chat.json").write_text(json.dumps(messages, indent=2, ensure_ascii=False), encoding="utf-8")
-            log.info("saved %s", rest or "chat.json")
+            _save(messages, Path(rest or "chat.json"))
         elif word == "/retry" and messages and messages[-1]["role"] == "assistant":
             while messages[-1]["role"] != "user":
                 messages.pop()
@@ -98,6 +97,14 @@ def _read_tools(path: Path) -> list[dict[str, Any]] | None:
         raise UsageError(f"the tools cannot be read: {error}", where=path, fix="a JSON list of functions") from None
 
 
+def _save(messages: list[dict[str, Any]], path: Path) -> None:
+    try:
+        path.write_text(json.dumps(messages, indent=2, ensure_ascii=False), encoding="utf-8")
+        log.info("saved %s", path)
+    except OSError as error:
+        log.error("not saved: %s: %s", path, error.strerror)
+
+
 def _read(asking: str = "> ") -> str | None:
     """A message: one line, or several between lines of three quotes; None at the end of input."""
     try:
@@ -114,21 +121,23 @@ def _read(asking: str = "> ") -> str | None:
 
 def _take_turn(llama: Any, messages: list[dict[str, Any]], tools: Any, options: dict[str, Any]) -> None:
     """Append the assistant's answer; where it calls tools, the results that are typed and what it says to them."""
+    start = len(messages) - 1
     try:
         while True:
             ids = _answer(llama, llama.template.prompt(messages, tools), options)
-            content = {"role": "assistant", "content": llama.tokenizer.decode(ids)}
-            messages.append(llama.template.parse(ids) if tools else content)
+            messages.append(llama.template.answer(ids, tools))
             for call in (calls := messages[-1].get("tool_calls", [])):
                 function = call["function"]
                 given = ", ".join(f"{name}={value!r}" for name, value in function["arguments"].items())
                 log.info("%s", harmless(f"it calls {function['name']}({given}); type the result"))
-                messages.append({"role": "tool", "content": _read("result> ") or ""})
+                if (result := _read("result> ")) is None:
+                    return
+                messages.append({"role": "tool", "content": result})
             if not calls:
                 return
     except DataError as error:  # of what was typed: a tag of Llama 2, say
         log.error("%s", error)
-        messages.pop()
+        del messages[start:]
 
 
 def _answer(llama: Any, prompt: list[int], options: dict[str, Any]) -> list[int]:

@@ -175,15 +175,18 @@ def _turns(question: str, answer: str) -> list[dict[str, Any]]:
 def _message(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise DataError(f"a message is {type(turn).__name__}, not an object", where=where)
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    calls = turn.get("tool_calls")
+    found = ", ".join(map(str, turn))
+    turn = {key: value for key, value in turn.items() if value is not None}
+    role, content = turn.pop("role", turn.pop("from", None)), turn.pop("content", turn.pop("value", None))
+    calls = turn.pop("tool_calls", None)
     if role == "function_call":  # ShareGPT: the call is the text, one or a list
-        found = _parse(content.encode(), where) if isinstance(content, str) else content
-        content, calls = "", found if isinstance(found, list) else [found]
-    if not isinstance(role, str) or not (isinstance(content, str | list) or calls):
-        raise DataError(f"a message without role and text (found: {', '.join(map(str, turn))})", where=where)
-    kept = {"train": turn["train"]} if isinstance(turn.get("train"), bool) else {}
-    message = {"role": _ROLES.get(role, role), "content": content, **({"tool_calls": calls} if calls else {}), **kept}
+        called = _parse(content.encode(), where) if isinstance(content, str) else content
+        content, calls = "", called if isinstance(called, list) else [called]
+    if not isinstance(role, str) or (content is None and not calls):
+        raise DataError(f"a message without role and text (found: {found})", where=where)
+    if not isinstance(turn.get("train"), bool):
+        turn.pop("train", None)
+    message = {**turn, "role": _ROLES.get(role, role), "content": content, **({"tool_calls": calls} if calls else {})}
     try:
         return plain_messages([message])[0]
     except DataError as error:
@@ -198,7 +201,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             import pyarrow.parquet
 
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
-            rows = ((f"{path}:{i}", row) for i, row in enumerate((r for b in batches for r in b.to_pylist()), 1))
+            listed = (_own(row) for batch in batches for row in batch.to_pylist())
+            rows = ((f"{path}:{i}", row) for i, row in enumerate(listed, 1))
         elif ".jsonl" in path.name:
             lines = enumerate(_open(path), 1)
             rows = ((f"{path}:{i}", _parse(line, f"{path}:{i}")) for i, line in lines if line.strip())
@@ -213,6 +217,13 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise DataError("no such file" + nearest_path(path), where=path) from None
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"cannot be read: {error}", where=path) from None
+
+
+def _own(value: Any) -> Any:
+    """Less the fields without a value: Parquet gives every object the fields of all rows."""
+    if isinstance(value, Mapping):
+        return {name: _own(inner) for name, inner in value.items() if inner is not None}
+    return [_own(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _open(path: Path) -> Iterator[bytes]:

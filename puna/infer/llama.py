@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -29,12 +29,16 @@ from puna.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True, repr=False)
 class Llama:
-    """A loaded model: `model` is the Transformer, `tokenizer` its tokenizer, `path` where both came from."""
+    """A loaded model: `model` is the Transformer, `tokenizer` its tokenizer, `path` where both came from.
+
+    `variables` is what its chat template is told besides messages and tools (see ChatFormat).
+    """
 
     model: Transformer
     tokenizer: Tokenizer
     path: Path
     stop_ids: list[int]
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         weight = self.model.embed_tokens.weight
@@ -85,14 +89,15 @@ class Llama:
         tools: Sequence[Tool] | None = None,
         **sampling: Any,
     ) -> dict[str, Any]:
-        """The answer as a message to append: with `tool_calls` where the model calls `tools` (JSON schemas)."""
+        """The answer as a message to append: with `tool_calls` where the model calls `tools` (JSON schemas)
+        or those that are built in."""
         prompt = self.template.prompt(messages, tools)
-        return self.template.parse(self.continue_ids([prompt], max_tokens, **sampling)[0])
+        return self.template.answer(self.continue_ids([prompt], max_tokens, **sampling)[0], tools)
 
     @cached_property
     def template(self) -> ChatFormat:
         """The model's chat template."""
-        return ChatFormat(self.tokenizer)
+        return ChatFormat(self.tokenizer, **self.variables)
 
     def continue_ids(self, prompts: Sequence[Sequence[int]], max_tokens: int, **sampling: Any) -> list[list[int]]:
         """Ids that continue each prompt of ids, ended by one of `stop_ids` or by length."""
@@ -124,11 +129,14 @@ class Llama:
             save_model(folder, self.model, self.tokenizer, dtype, dict(made_from), self.stop_ids)
 
 
-def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
+def load(
+    path: str | Path, dtype: str = "auto", device: str = "auto", *, variables: Mapping[str, Any] | None = None
+) -> Llama:
     """Load a model or adapter directory, a run folder, a .gguf file, or a registered name such as smollm2-135m.
 
     Args:
         dtype: fp32, bf16, fp64, or auto: bf16 where the hardware has native bf16.
+        variables: for the chat template, such as {"builtin_tools": ["brave_search"]} or {"date_string": "01 Mar 2025"}.
 
     Raises:
         CheckpointError: not a model, or damaged. DataError: its tokenizer cannot be read.
@@ -145,4 +153,4 @@ def load(path: str | Path, dtype: str = "auto", device: str = "auto") -> Llama:
         load_adapter(model, found)
     tokenizer = reading.result()
     stops = dict.fromkeys([*tokenizer.stop_ids, *stored.stop_ids])
-    return Llama(model.eval(), tokenizer, found, list(stops))
+    return Llama(model.eval(), tokenizer, found, list(stops), variables or {})

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -73,6 +73,8 @@ class Config(RecipeConfig):
     """llama2, llama3, llama3.1, llama3.2, llama3.2-pythonic, llama3.3 or chatml; null takes the model's own."""
     date_string: str = "26 Jul 2024"
     """The day that templates of Llama 3.1 and later name: today's would make other ids of the same data every day."""
+    variables: dict[str, Annotated[bool | str | list[str], Field(union_mode="left_to_right")]] = {}
+    """What else the template asks for: `builtin_tools: [brave_search, code_interpreter]`, say, of Llama 3.1."""
     train_on: Train = "all"
     """all: every assistant message; last: the last one of each conversation."""
     lora: LoraConfig | None = LoraConfig()
@@ -150,22 +152,26 @@ def main(config: Config) -> Path:
 
 def encode(config: Config, tokenizer: Tokenizer, source: ChatSource) -> tuple[Tokenizer, list[Encoded]]:
     """The tokenizer with the chat template in force, and every conversation of the source as ids and mask."""
-    chat = ChatFormat(tokenizer, config.template, date_string=config.date_string)
+    chat = ChatFormat(tokenizer, config.template, **_variables(config))
     rows = encode_conversations(read_conversations(source), chat, config.seq_len, config.train_on)
-    return Tokenizer({**tokenizer.files, "chat_template.jinja": chat.source.encode()}), rows
+    return tokenizer.with_template(chat.source), rows
+
+
+def _variables(config: Config) -> dict[str, Any]:
+    return {"date_string": config.date_string, **config.variables}
 
 
 def _load(config: Config) -> Llama:
     """The base in the compute dtype under adapters, or in fp32 with that compute dtype to train every weight."""
     if config.lora:
-        llama = load(config.model, dtype=config.dtype, device=config.device)
+        llama = load(config.model, dtype=config.dtype, device=config.device, variables=_variables(config))
         if lora_parameters(llama.model):
             raise DataError("the model is an adapter itself", where=config.model, fix="puna merge it first")
         add_lora(llama.model, config.lora, config.seed)
         count = sum(p.numel() for p in lora_parameters(llama.model).values())
         log.info("training %s adapter weights of rank %d", f"{count:,}", config.lora.rank)
         return llama
-    llama = load(config.model, dtype="fp32", device=config.device)
+    llama = load(config.model, dtype="fp32", device=config.device, variables=_variables(config))
     llama.model.compute_dtype = choose_dtype(config.dtype, next(llama.model.parameters()).device)
     return llama
 

@@ -154,6 +154,14 @@ class Tokenizer:
         raw = json.dumps(grown, indent=2, ensure_ascii=False).encode()
         return Tokenizer({**self.files, "tokenizer.json": raw})
 
+    def with_template(self, source: str) -> "Tokenizer":
+        """A tokenizer with this chat template alone: an older place for it would hold another."""
+        files = {**self.files, "chat_template.jinja": source.encode()}
+        if "chat_template" in self._config:
+            config = {key: value for key, value in self._config.items() if key != "chat_template"}
+            files["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        return Tokenizer(files)
+
     def named_token(self, key: str) -> str | None:
         """The spelling of bos_token, eos_token, pad_token, unk_token, eot_token or eom_token, if there is one."""
         token = self._config.get(key)

@@ -67,7 +67,7 @@ class Case:
         """The model without adapters, with the chat template in force."""
         tokenizer = self.tokenizer
         if self.chat is not None:
-            tokenizer = Tokenizer({**tokenizer.files, "chat_template.jinja": self.chat.source.encode()})
+            tokenizer = tokenizer.with_template(self.chat.source)
         return replace(self.source, model=self.model, tokenizer=tokenizer)
 
     @property

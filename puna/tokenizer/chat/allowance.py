@@ -24,13 +24,13 @@ class Allowance:
 
     def walk(self, steps: int) -> None:
         """Charge for work: nodes of the template to run, or values to go through."""
-        self.steps -= steps
+        self.steps -= max(0, steps)  # a template that calls this itself must not earn
         if self.steps < 0:
             raise SecurityError("it runs without end")
 
     def write(self, characters: int) -> None:
         """Charge for a text that is about to be made."""
-        self.characters -= characters
+        self.characters -= max(0, characters)
         if characters > self.longest or self.characters < 0:
             raise SecurityError("it writes far more than it was given")
 

@@ -5,14 +5,16 @@ from typing import Any
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
+LOOKED, CHARGED = "a look", "a charge"  # no names that stand after a `|`
+
 
 class Charging(NodeTransformer):
-    """Rewrites a parsed template with the filters `looked` (walks through a value) and `charged` (runs a body)."""
+    """Rewrites a parsed template with filters that charge for walking through a value and for running a body."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         tested = _count(node.test) if node.test else 1
         self.generic_visit(node)
-        node.iter = _filtered(node.iter, "looked", nodes.Const(tested))
+        node.iter = _filtered(node.iter, LOOKED, nodes.Const(tested))
         return self._charge_body(node)
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
@@ -33,31 +35,25 @@ class Charging(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        node.expr = _filtered(node.expr, "looked")
+        node.expr = _filtered(node.expr, LOOKED)
         for operand in node.ops:
-            operand.expr = _filtered(operand.expr, "looked")
-        return node
-
-    def visit_Test(self, node: nodes.Test) -> nodes.Node:
-        self.generic_visit(node)
-        node.node = _filtered(node.node, "looked")
-        node.args = [_filtered(a, "looked") for a in node.args]
+            operand.expr = _filtered(operand.expr, LOOKED)
         return node
 
     def visit_List(self, node: nodes.List) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered(node, "looked")
+        return _filtered(node, LOOKED)
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered(node, "looked")
+        return _filtered(node, LOOKED)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         self.generic_visit(node)
-        return node if node.ctx == "store" else _filtered(node, "looked")
+        return node if node.ctx == "store" else _filtered(node, LOOKED)
 
     def _charge_body(self, node: Any) -> nodes.Node:
-        node.body.insert(0, nodes.ExprStmt(_filtered(nodes.Const(sum(map(_count, node.body)) + 1), "charged")))
+        node.body.insert(0, nodes.ExprStmt(_filtered(nodes.Const(sum(map(_count, node.body)) + 1), CHARGED)))
         return node
 
 

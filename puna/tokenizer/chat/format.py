@@ -15,14 +15,15 @@ from puna.config import nearest
 from puna.errors import DataError, UsageError
 from puna.log import log
 from puna.tokenizer.chat.continuation import Continuation
-from puna.tokenizer.chat.faithful import Marked, check_complete, follows
+from puna.tokenizer.chat.faithful import Marked, check_complete, check_names, follows
 from puna.tokenizer.chat.messages import PRIVATE, Message, Tool, map_text, plain_messages, plain_tools
 from puna.tokenizer.chat.sandbox import ChatTemplate, compiled
-from puna.tokenizer.chat.tools import read_calls
+from puna.tokenizer.chat.tools import CODE, read_calls
 from puna.tokenizer.tokenizer import Tokenizer
 
 Train = Literal["all", "last"]
-_PYTHON_TAG, _END_OF_MESSAGE = "<|python_tag|>", "<|eom_id|>"
+_PYTHON_TAG = "<|python_tag|>"
+_MOST_CONTROL_TOKENS = 60_000  # each has a private-use character; the last ones of the plane are marks
 _TAG = re.compile(r"<\|[^|\s{}]{1,40}\|>|\[/?[A-Z_]{2,20}\]|<</?[A-Z]{2,20}>>")
 
 
@@ -45,8 +46,10 @@ class ChatFormat:
                 for today's date gets this one).
 
         Raises:
-            DataError: there is none, or it is not a template.
+            DataError: there is none, it is not a template, or the tokenizer has no control tokens to mark turns with.
         """
+        if not 0 < (count := len(tokenizer.special_tokens)) <= _MOST_CONTROL_TOKENS:
+            raise DataError(f"the tokenizer has {count:,} control tokens", where=tokenizer.where)
         self.tokenizer, self.variables = tokenizer, {**_fixed_clock(variables.get("date_string")), **variables}
         if template is None:
             raw = tokenizer.files.get("chat_template.jinja")
@@ -81,6 +84,16 @@ class ChatFormat:
         """The ids to generate the assistant's next message from; history is cut where training cut it."""
         return [i for ids, _ in self._encoded(self._stretches(messages, tools, True)) for i in ids]
 
+    def answer(self, reply: Sequence[int], tools: Sequence[Tool] | None = None) -> dict[str, Any]:
+        """`parse`, where only what was offered can be called: JSON that was asked for is no call of a tool."""
+        built_in = self.variables.get("builtin_tools")
+        offered = {tool["function"]["name"] for tool in plain_tools(tools) or ()}
+        offered |= set() if built_in is None else {CODE, *built_in}
+        message = self.parse(reply)
+        if all(call["function"]["name"] in offered for call in message.get("tool_calls", ())):
+            return message
+        return _message(self.tokenizer.decode(self._said(reply)), [])
+
     def parse(self, reply: Sequence[int] | str) -> dict[str, Any]:
         """A generated reply as a message: `content`, and `tool_calls` where it calls tools. Never an error.
 
@@ -89,17 +102,12 @@ class ChatFormat:
         if isinstance(reply, str):
             return _message(reply, read_calls(reply))
         tag = self.tokenizer.special_tokens.get(_PYTHON_TAG)
-        ids = reply[: next((i for i, token in enumerate(reply) if token in self.tokenizer.stop_ids), len(reply))]
+        ids = self._said(reply)
         if tag not in ids:
             text = self.tokenizer.decode(ids)
             return _message(text, read_calls(text))
         before, after = (self.tokenizer.decode(part) for part in (ids[: ids.index(tag)], ids[ids.index(tag) + 1 :]))
         return _message(before, read_calls(after, tagged=True), beside=before)
-
-    def waits(self, reply: Sequence[int]) -> bool:
-        """Whether the model waits for a tool's result: it called one, or ended with <|eom_id|>."""
-        end = self.tokenizer.special_tokens.get(_END_OF_MESSAGE)
-        return "tool_calls" in self.parse(reply) or (len(reply) > 0 and reply[-1] == end)
 
     def around_user(self) -> tuple[list[int], list[int]]:
         """The ids before and after the words of a first user message, up to where the assistant begins."""
@@ -145,7 +153,6 @@ class ChatFormat:
                 why = "the template rewrites earlier turns, so what is trained would not be what is served"
                 raise DataError(why, where=self.tokenizer.where)
             answer, after = self._cut_after_turn(full[len(prompt) :])
-            self._check_calls(plain[i].get("tool_calls", ()), answer)
             yield from ((prompt[len(done) :], -1), (answer, i), (after, -1))
             done = full
         rest = self._render(plain, offered, add_generation_prompt)
@@ -181,28 +188,25 @@ class ChatFormat:
             raise DataError(why, where=self.tokenizer.where, fix="eos_token in tokenizer_config.json")
         return text[: end.end()], text[end.end() :]
 
-    def _check_calls(self, calls: Iterable[Any], answer: str) -> None:
-        for call in calls:
-            if call["function"]["name"] not in answer:
-                raise DataError(
-                    f"the template leaves out the call of {call['function']['name']}", where=self.tokenizer.where,
-                    fix="a template with tools, such as template=llama3.1",
-                )  # fmt: skip
+    def _said(self, reply: Sequence[int]) -> Sequence[int]:
+        """The ids up to the first stop id."""
+        return reply[: next((i for i, token in enumerate(reply) if token in self.tokenizer.stop_ids), len(reply))]
 
     def _check_faithful(self, messages: list[dict[str, Any]], tools: Any, text: str, add_prompt: bool) -> None:
-        """Every text and tool stands in the prompt, once; see `faithful`."""
-        for tool in tools or ():
-            if tool["function"]["name"] not in text:
-                why = f"the template leaves out the tool {tool['function']['name']}"
-                raise DataError(why, where=self.tokenizer.where, fix="a template with tools, such as template=llama3.1")
-        marked = Marked(map_text(messages, self._hide))
-        key = marked.key([tools, add_prompt])
+        """Every text, call and tool stands in the prompt, and no text makes control tokens; see `faithful`."""
+        marked = Marked(map_text(messages, self._hide), map_text(tools, self._hide))
+        key = marked.key(add_prompt)
         if key not in self._shapes:
             if len(self._shapes) >= 1024:
                 self._shapes.clear()
-            self._shapes[key] = self._render(marked.messages, tools, add_prompt)
-            for told in check_complete(marked, self._shapes[key]):
+            check_names(marked, lambda called, offered: self._render(called, offered, add_prompt))
+            shape = self._render(marked.messages, marked.tools, add_prompt)
+            for told in check_complete(marked, shape):
                 self._tell(re.sub(r"\d+ ", "", told, count=1), told)
+            self._shapes[key] = shape
+        if self._control.findall(text) != self._control.findall(self._shapes[key]):
+            why = "the template makes control tokens of what is said: whoever writes a message could write any turn"
+            raise DataError(why, where=self.tokenizer.where, fix="another template (template=)")
         if not follows(marked, self._shapes[key], text):
             self._tell("content", "the chat template writes other things for other words: look at it (puna inspect)")
 

@@ -23,7 +23,7 @@ from jinja2.utils import Namespace
 
 from puna.errors import DataError
 from puna.tokenizer.chat.allowance import ALLOWANCE, Allowance, charge, extent, look, made
-from puna.tokenizer.chat.charging import Charging
+from puna.tokenizer.chat.charging import CHARGED, LOOKED, Charging
 
 MAX_SOURCE, _MAX_TOKENS = 1 << 16, 12_000  # the longest template of a published Llama has 5 kB and 900 tokens
 _MAX_BITS = 4096  # of a whole number: counting needs no more
@@ -87,8 +87,9 @@ class _Confined(ImmutableSandboxedEnvironment):
         # Not optimized: that would run constant expressions while compiling, before anything is charged.
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, _Generation])
         self.filters = {name: _bounded(self.filters[name]) for name in _FILTERS}
-        self.filters |= {"tojson": _to_json, "charged": charge, "looked": look}
+        self.filters |= {"tojson": _to_json, CHARGED: charge, LOOKED: look}
         self.filters |= {"replace": _replace, "join": _join_filter, "indent": _indent}
+        self.tests = {name: _bounded(test) for name, test in self.tests.items()}
         self.globals = {"range": self.globals["range"], "cycler": self.globals["cycler"], "dict": _dict}
         self.globals |= {"namespace": _PlainNamespace, "raise_exception": _refuse, "strftime_now": _now}
         self.finalize = _shown
@@ -123,7 +124,7 @@ class _Confined(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner, method = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         named = {key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")}  # jinja's own
-        for value in (owner if isinstance(owner, str) else None, *args, *named.values()):
+        for value in (owner, *args, *named.values()):
             look(value)
         if isinstance(owner, str) and method == "replace":
             return _replace(owner, *args, **named)
@@ -157,7 +158,7 @@ class _Formatter(SandboxedFormatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         if format_spec:
             raise SecurityError("it formats with widths")
-        text = str(_shown(None, value))
+        text = _text(value)
         ALLOWANCE.get().write(len(text))
         return text
 
@@ -188,12 +189,18 @@ def _shown(context: Any, value: Any) -> Any:
     return value
 
 
-def _bounded(filter: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(filter)  # with jinja's marks of what else it passes
+def _text(value: Any) -> str:
+    return str(_shown(None, value))
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter or a test, charged at every call: `select('in', values)` searches the values for each item."""
+
+    @wraps(function)  # with jinja's marks of what else it passes
     def bounded(*args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
             look(value)
-        return made(filter(*args, **kwargs))
+        return made(function(*args, **kwargs))
 
     return bounded
 
@@ -203,22 +210,24 @@ def _join_filter(environment: Environment, values: Iterable[Any], d: str = "", a
     return _join(map(make_attrgetter(environment, attribute), values) if attribute else values, d)
 
 
-def _join(values: Iterable[Any], between: str = "") -> str:
+def _join(values: Iterable[Any], between: Any = "") -> str:
     values = list(made(values if isinstance(values, list | tuple) else (value for value in values)))
+    between = _text(between)
     ALLOWANCE.get().write(extent(values)[1] + len(between) * len(values))
-    return str(between).join(map(str, values))
+    return between.join(map(str, values))
 
 
 def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
-    text, most = str(text), -1 if count is None else count
+    text, most = _text(text), -1 if count is None else count
     found = text.count(old) if most < 0 else min(most, text.count(old))
     ALLOWANCE.get().write(len(text) + found * len(new))
     return text.replace(old, new, most)
 
 
-def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+def _indent(text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
     """As jinja's: every line but the first (and the empty ones) moved to the right."""
-    lines = (str(text) + "\n").splitlines()
+    text = _text(text)
+    lines = (text + "\n").splitlines()
     ALLOWANCE.get().write(len(text) + len(lines) * (len(width) if isinstance(width, str) else max(width, 0)))
     margin = width if isinstance(width, str) else " " * width
     first_line, *rest = lines
