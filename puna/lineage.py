@@ -15,6 +15,7 @@ from puna.files import MANIFEST, hash_file, write_json
 
 LINEAGE = "puna.json"
 _HEAD = 65536  # bytes of a foreign file that are hashed: its header, and so names, shapes and offsets of its tensors
+_LARGEST = 2_000_000  # bytes of a puna.json: JSON of `[]` grows 25-fold in memory
 _INSIDE = {"tokenizer": "tokenizer.json", "template": "chat_template.jinja"}
 
 
@@ -69,9 +70,18 @@ def parents_of(made_from: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def read_lineage(folder: Path) -> dict[str, Any]:
     """What a folder's puna.json says; nothing where there is none, or none that can be read."""
+    file = folder / LINEAGE
     try:
-        found = json.loads((folder / LINEAGE).read_bytes())
-    except (OSError, ValueError):
+        return parse_lineage(file.read_bytes() if file.is_file() and file.stat().st_size <= _LARGEST else b"")
+    except OSError:
+        return {}
+
+
+def parse_lineage(raw: Any) -> dict[str, Any]:
+    """What the content of a puna.json says; nothing where it is damaged, hostile, or no text at all."""
+    try:
+        found = json.loads(raw) if len(raw) <= _LARGEST else {}
+    except (ValueError, TypeError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

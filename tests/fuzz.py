@@ -1,15 +1,41 @@
-"""Valid files with bytes changed, by hypothesis: some hundred by default, for PUNA_TEST_FUZZ seconds if that is set."""
+"""Hostile files: bombs that have to end at once, and valid files with bytes changed by hypothesis.
+
+Some hundred of the latter by default, for PUNA_TEST_FUZZ seconds if that is set.
+"""
 
 import os
+import re
 import struct
 import time
+import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import hypothesis
+import pytest
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 
+from puna.errors import CheckpointError
+
 _NUMBERS = [0, 1, 2, 3, 7, 8, 9, 12, 31, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 61, (1 << 64) - 1]
+
+
+def ends_at_once(opened: Callable[[Path], Any], path: Path, content: bytes, mib: int = 1) -> None:
+    """`content` at `path` is refused with the file's name, in a second and `mib` MiB of Python's memory."""
+    path.write_bytes(content)
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match=re.escape(path.name)):
+        opened(path)
+    assert time.process_time() - started < 1
+    tracemalloc.start()  # apart from the clock: counting takes time
+    try:
+        with pytest.raises(CheckpointError):
+            opened(path)
+        assert tracemalloc.get_traced_memory()[1] < mib << 20
+    finally:
+        tracemalloc.stop()
 
 
 def damaged(raw: bytes, header: int) -> st.SearchStrategy[bytes]:

@@ -14,11 +14,13 @@ from test_model import build
 
 import puna
 from puna.checkpoint import inspect as inspect_module
+from puna.checkpoint import safetensors_file, torch_file
 from puna.checkpoint.adapter import save_adapter
 from puna.checkpoint.convert import convert
+from puna.checkpoint.gguf.file import Gguf
 from puna.checkpoint.inspect import inspect, nearest_presets
 from puna.checkpoint.registry import open_model
-from puna.checkpoint.stored import Stored
+from puna.checkpoint.stored import Format, Stored
 from puna.errors import DataError
 from puna.infer.llama import Llama
 from puna.lineage import lineage, write_lineage
@@ -66,6 +68,26 @@ def test_a_model_is_told_without_its_weights(saved: Path, monkeypatch: pytest.Mo
     assert told["stops"].endswith("7 " + Tokenizer(saved).token(7))
     assert told["manifest"].startswith("hashes of 8 files, not compared")
     assert told["lineage"] == ["<- nowhere, not on this disk"]
+
+
+@pytest.mark.parametrize("form", ["hf", "meta", "gguf"])
+def test_no_format_reads_a_weight(
+    form: Format, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meta's has no config that says whether its head is the embedding: both were read and compared."""
+    config = CONFIG.model_copy(update={"tie_embeddings": True})
+    Llama(build(config), Tokenizer(tokenizer_folder), Path("nowhere"), []).save(tmp_path / "m", "bf16")
+    convert(tmp_path / "m", path := tmp_path / ("m.gguf" if form == "gguf" else "other"), form)
+
+    def unread(*_: object) -> torch.Tensor:
+        raise AssertionError("a weight was read")
+
+    for place, name in ((safetensors_file, "_read"), (torch_file, "_view"), (Gguf, "raw")):
+        monkeypatch.setattr(place, name, unread)
+    inspect(path)
+    assert count_parameters(open_model(path).config) == count_parameters(config)
+    with pytest.raises(AssertionError, match="was read"):
+        open_model(path).load(torch.float32, torch.device("cpu"))
 
 
 def test_a_converted_file_leads_back_to_its_source(saved: Path, tmp_path: Path) -> None:
@@ -147,7 +169,24 @@ def test_the_chain_of_parents(shards: Path, tokenizer_folder: Path, tmp_path: Pa
     shutil.rmtree(tmp_path / "base")
     assert inspect(tmp_path / "saved")["lineage"] == [f"<- {tmp_path / 'base/final'}, not on this disk"]
     write_lineage(tmp_path / "saved", lineage("save", [tmp_path / "saved"]))
-    assert len(inspect(tmp_path / "saved")["lineage"]) == 20
+    assert [line.split("<-")[0] for line in inspect(tmp_path / "saved")["lineage"]] == ["", "  "]
+
+
+def test_a_hostile_lineage_ends(saved: Path, tmp_path: Path) -> None:
+    """Two parents that are the folder itself: 2^20 lines. A name of 300 characters: an OSError. Brackets: a crash."""
+    folder = shutil.copytree(saved, tmp_path / "m")
+    me, long = str(folder), "x" * 300
+    for said, lines in (
+        ({"parents": [me, me]}, 4),
+        ({"parents": [long, "\0", f"{me}/config.json"]}, 3),
+        ({"parents": [{"path": me, "fingerprint": [7]}, {"path": str(tmp_path), "fingerprint": "x"}]}, 4),
+        ({"parents": [f"/{i}" for i in range(10_000)]}, 51),
+    ):
+        (folder / "puna.json").write_text(json.dumps(said))
+        assert len(inspect(folder)["lineage"]) == lines
+    for text in ("[" * 100_000, json.dumps({"parents": [], "x": "[]" * 2_000_000})):
+        (folder / "puna.json").write_text(text)
+        assert open_model(folder).lineage == {}
 
 
 def test_shards_and_tokenizers_are_told_apart(shards: Path, tokenizer_folder: Path) -> None:

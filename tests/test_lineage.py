@@ -108,7 +108,7 @@ def test_old_and_damaged_lineage_is_read_as_what_it_is(tmp_path: Path) -> None:
     assert parents_of({"parents": ["runs/a"]}) == [{"path": "runs/a"}]
     assert parents_of({"parents": [7, {"fingerprint": "x"}, {"path": "b"}]}) == [{"path": "b"}]
     assert parents_of({"parents": "x"}) == []
-    for text in ("[1]", '{"a": ', "\0"):
+    for text in ("[1]", '{"a": ', "\0", "[" * 100_000, '{"a": "' + "x" * 3_000_000 + '"}'):
         (tmp_path / "puna.json").write_text(text)
         assert read_lineage(tmp_path) == {}
 

@@ -256,6 +256,10 @@ WRONG_PARAMS: dict[str, tuple[dict[str, Any], str]] = {
     "a negative theta": ({"rope_theta": -1}, "rope_theta is -1"),
     "a theta in quotes": ({"rope_theta": "500000"}, "rope_theta is '500000'"),
     "an eps of one": ({"norm_eps": 1}, "norm_eps is 1"),
+    "an odd head": ({"head_dim": 7}, "head_dim 7 is odd"),
+    "a theta that is no number": ({"rope_theta": float("nan")}, "rope_theta is nan"),
+    "a large eps": ({"norm_eps": 2}, "norm_eps is 2"),
+    "a negative context": ({"max_seq_len": -7}, "max_seq_len is -7"),
     "no number": ({"dim": "many"}, "not numbers"),
     "no heads": ({"n_heads": 0}, "not numbers"),
     "negative": ({"n_kv_heads": -2}, "n_kv_heads is -2"),
@@ -284,6 +288,38 @@ def test_a_puna_json_that_cannot_be_is_refused(said: dict[str, Any], tmp_path: P
     (folder / "puna.json").write_text(json.dumps(said))
     with pytest.raises(CheckpointError, match=f"{next(iter(said))} (is|are)"):
         open_meta(folder)
+
+
+@pytest.mark.parametrize("name", ["attention.wk", "attention.wv", "tok_embeddings", "output"])
+def test_a_scalar_for_a_matrix_is_told(name: str, tmp_path: Path) -> None:
+    """Heads counted by the rows of a number: an IndexError."""
+    config, state = GENERATIONS["3"], random_state(GENERATIONS["3"])
+    full = name if "." not in name else f"layers.0.{name}"
+    folder = publish(tmp_path / "m", state, config, 1, by_rows=True)
+    torch.save({**state, f"{full}.weight": torch.tensor(1.0)}, folder / "consolidated.00.pth")
+    with pytest.raises(CheckpointError, match=rf"no {full}\.weight that is a matrix"):
+        open_meta(folder)
+
+
+@pytest.mark.parametrize(("case", "rows"), [("tied", 0), ("copied", 600), ("untied", 64), ("heads", 64 + 3)])
+def test_what_is_compared_when_a_folder_is_opened(
+    case: str, rows: int, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`puna inspect` of Llama 3.2 1B read a gigabyte to learn that a matrix equals itself."""
+    compared, equal = [], torch.equal
+    config = GENERATIONS["3.2" if case in ("tied", "copied") else "3" if case == "untied" else "2"]
+    if case == "tied":
+        write_meta(random_model(config, tokenizer_folder), folder := tmp_path, 1, None, {}, print)
+    else:
+        folder = publish(tmp_path / "m", random_state(config), config, 4 if case == "heads" else 1, by_rows=True)
+
+    def counted(a: Tensor, b: Tensor) -> bool:
+        compared.append(len(a))
+        return equal(a, b)
+
+    monkeypatch.setattr(torch, "equal", counted)
+    assert open_meta(folder).config.tie_embeddings == config.tie_embeddings
+    assert sum(compared) <= rows
 
 
 def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:

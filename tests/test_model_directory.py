@@ -188,6 +188,15 @@ def test_stop_ids_of_config_json_count(tmp_path: Path) -> None:
     assert open_model_directory(folder).stop_ids == [5]
 
 
+@pytest.mark.parametrize("ids", ["97", "[2, 1000000000000]", str(10**30), "-1", "true", '"2"', "[[2]]"])
+def test_stop_ids_that_cannot_be_are_refused(ids: str, tmp_path: Path) -> None:
+    """`puna inspect` and the conversion to GGUF ended in an OverflowError and a struct.error."""
+    folder = directory(tmp_path / "m", {})
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ids}}}')
+    with pytest.raises(CheckpointError, match=r"eos_token_id is (.|\n)*whole numbers below 97"):
+        open_model_directory(folder)
+
+
 @pytest.fixture(scope="module")
 def written(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An fp32 directory of ours, tied and scaled, in several shards."""

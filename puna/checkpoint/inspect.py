@@ -21,7 +21,7 @@ from puna.model.presets import PRESETS
 from puna.tokenizer.chat.format import BUNDLED, bundled
 from puna.tokenizer.tokenizer import Tokenizer
 
-_DEEP = 20  # links of a lineage that are followed
+_ANCESTORS = 50  # that are told: a stranger's puna.json can name any number of folders, each of which is looked at
 _NEAR = 4  # values by which a model may differ from a preset and still be likened to it
 _TEMPLATE_LINES, _TEMPLATE_WIDTH = 3, 64
 
@@ -56,19 +56,39 @@ def nearest_presets(config: ModelConfig) -> tuple[list[str], list[str]]:
     return names, [f"{key} {_plain(ours[key])} ({_plain(preset[key])})" for key in different[names[0]]]
 
 
-def lineage_chain(made_from: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
-    """One line for each ancestor, parents before theirs; whether it is still what it was, if it is on this disk."""
-    for parent in parents_of(made_from) if depth < _DEEP else ():
-        place = next((p for p in (Path(parent["path"]), Path(parent["path"]) / "final") if _made(p)), None)
-        now = "not on this disk"
-        if place or Path(parent["path"]).exists():
-            place = place or Path(parent["path"])
-            known = parent.get("fingerprint")
-            now = "unchanged" if known == fingerprint(place) else "changed since" if known else "not hashed"
+def lineage_chain(made_from: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each ancestor, parents before theirs; whether it is still what it was, if it is on this disk.
+
+    What several were made from is a line for each of them, and followed once: a ring ends.
+    """
+    waiting = [(0, parent) for parent in reversed(parents_of(made_from))]
+    followed = set[Path]()
+    for _ in range(_ANCESTORS):
+        if not waiting:
+            return
+        depth, parent = waiting.pop()
+        place, now = _found(parent)
         theirs = read_lineage(place) if place else {}
         by = f" by {theirs['recipe']}" if isinstance(theirs.get("recipe"), str) else ""
         yield f"{'  ' * depth}<- {parent['path']}{by}, {now}"
-        yield from lineage_chain(theirs, depth + 1)
+        if place and place not in followed:
+            followed.add(place)
+            waiting += [(depth + 1, other) for other in reversed(parents_of(theirs))]
+    if waiting:
+        yield "and more"
+
+
+def _found(parent: Mapping[str, Any]) -> tuple[Path | None, str]:
+    """Where a parent lies, and whether it is still what it was."""
+    try:
+        named, known = Path(parent["path"]), parent.get("fingerprint")
+        place = next((p for p in (named, named / "final") if _made(p)), named)
+        if not place.exists():
+            return None, "not on this disk"
+        now = "not hashed" if not known else "unchanged" if known == fingerprint(place) else "changed since"
+        return place.resolve(), now
+    except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, somebody else's folder
+        return None, f"cannot be looked at: {getattr(error, 'strerror', error)}"
 
 
 def _model(stored: Stored) -> dict[str, Any]:

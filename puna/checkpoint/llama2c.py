@@ -6,10 +6,10 @@ files know one theta (10000) and one epsilon (1e-5), and so do the files. Rows o
 """
 
 import math
-import mmap
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from mmap import mmap
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from puna.checkpoint.mapped import mapped
 from puna.checkpoint.rope_layout import is_rotated, to_halves, to_neighbours
 from puna.checkpoint.stored import Stored, Weight
 from puna.errors import CheckpointError, DataError, UsageError
@@ -64,13 +65,7 @@ def open_llama2c(path: Path) -> Stored:
     Raises:
         CheckpointError: a header that does not describe the file.
     """
-    try:
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise CheckpointError("no such file", where=path) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=path) from None
+    data = mapped(path)
     head = _read_head(data, path)
     places = _places(head)
     end = places[-1].offset + places[-1].size
@@ -104,7 +99,7 @@ def write_llama2c(
             progress(place.name)
 
 
-def _read_head(data: mmap.mmap, path: Path) -> _Head:
+def _read_head(data: mmap, path: Path) -> _Head:
     if len(data) < _HEADER[0]:
         raise _wrong("too short for a header", path)
     if struct.unpack_from("<I", data)[0] != _MAGIC:
@@ -172,7 +167,7 @@ def _order(head: _Head) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (c.vocab_size, c.dim)
 
 
-def _weight(data: mmap.mmap, place: _Place, head_dim: int, path: Path) -> Weight:
+def _weight(data: mmap, place: _Place, head_dim: int, path: Path) -> Weight:
     def read() -> Tensor:
         raw = np.frombuffer(data, np.uint8, place.size, place.offset)
         weight = torch.from_numpy(_dequantized(raw, place, path)).view(place.shape)

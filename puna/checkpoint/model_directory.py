@@ -93,18 +93,24 @@ def open_model_directory(
         weights["embed_tokens.weight"] = _tied(weights["embed_tokens.weight"], head, folder)
     return Stored(
         folder, "hf", config, weights, storage(found), files, partial(read_tokenizer, folder),
-        read_stop_ids(folder), read_lineage(folder),
+        read_stop_ids(folder, config.vocab_size), read_lineage(folder),
     )  # fmt: skip
 
 
-def read_stop_ids(folder: Path) -> list[int]:
-    """The stop ids of generation_config.json, or else config.json: instruct models list more than EOS."""
+def read_stop_ids(folder: Path, vocab_size: int) -> list[int]:
+    """The stop ids of generation_config.json, or else config.json: instruct models list more than EOS.
+
+    Raises:
+        CheckpointError: what is no id of this vocabulary.
+    """
     both = [folder / "generation_config.json", folder / "config.json"]
     said = (read_json(path).get("eos_token_id") for path in both if path.exists())
     listed = next((ids for ids in said if ids is not None), [])
     listed = listed if isinstance(listed, list) else [listed]
-    if not all(type(i) is int and i >= 0 for i in listed):
-        raise CheckpointError(f"eos_token_id is {str(listed)[:100]}", where=folder, cause="ids are whole numbers")
+    if not all(type(i) is int and 0 <= i < vocab_size for i in listed):
+        raise CheckpointError(
+            f"eos_token_id is {str(listed)[:100]}", where=folder, cause=f"ids are whole numbers below {vocab_size:,}"
+        )
     return listed
 
 

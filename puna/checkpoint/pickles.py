@@ -19,6 +19,10 @@ _STORAGES = {
     "BFloat16Storage": torch.bfloat16,
 }  # fmt: skip
 
+_MOST_STEPS = 1 << 17  # a tensor takes some forty: 3,000 tensors, where the largest Llama has 1,138
+_MOST_AXES = 8
+_LONGEST_NAME = 80  # of what a pickle wants to import; what is read is shorter
+
 
 class Refused(Exception):
     """The pickle is damaged, or asks for more than tensors."""
@@ -67,7 +71,9 @@ def _run(raw: bytes) -> Any:
     outer: list[list[Any]] = []  # the stacks that marks have set aside
     memo: dict[int, Any] = {}
     argument: Any
-    for op, argument, _ in pickletools.genops(raw):
+    for step, (op, argument, _) in enumerate(pickletools.genops(raw)):
+        if step == _MOST_STEPS:
+            raise Refused(f"its data.pkl has more than {_MOST_STEPS:,} steps, as no Llama's has")
         match op.name:
             case "PROTO" | "FRAME":
                 pass
@@ -107,7 +113,7 @@ def _run(raw: bytes) -> Any:
                 stack.append(_Name(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                stack.append(_Name(".".join((module, name))))
+                stack.append(_Name(".".join((module[:_LONGEST_NAME], name[:_LONGEST_NAME]))))
             case "BINPERSID":
                 stack.append(_record(stack.pop()))
             case "REDUCE":
@@ -146,17 +152,17 @@ def _made(what: Any, arguments: Any) -> Any:
         return _place(*arguments[:4])
     if name == "torch._utils._rebuild_parameter":
         return arguments[0]
-    if name == "collections.OrderedDict":
-        return _pairs([part for pair in arguments[0] for part in pair]) if arguments else {}
+    if name == "collections.OrderedDict" and not arguments:  # its items follow one by one
+        return {}
     raise Refused(f"it asks to run {name[:80]}, which no tensor needs")
 
 
 def _place(record: _Record, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Place:
-    if not _whole([offset, *shape, *stride]) or len(shape) != len(stride):
+    if not len(shape) == len(stride) <= _MOST_AXES or not _whole([offset, *shape, *stride]):
         raise ValueError("sizes")
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    if prod(shape) and last >= record.numel:
-        raise Refused("a tensor reaches beyond its record")
+    if prod(shape) and (last >= record.numel or prod(shape) > record.numel):  # more than it holds: a stride of 0
+        raise Refused("a tensor reaches beyond its record, or is larger")
     return Place(*record, offset, tuple(shape), tuple(stride))
 
 

@@ -22,7 +22,8 @@ from puna.checkpoint.stored import Weight
 from puna.errors import CheckpointError
 from puna.log import harmless
 
-_LARGEST_PICKLE = 64 << 20  # names and sizes alone: a model of a hundred thousand tensors has 20 MB of them
+_LARGEST_PICKLE = 4 << 20  # names and sizes alone: the 1,138 tensors of the largest Llama take 0.2 MB
+_LARGEST_ORDER = 99
 _OTHERS = {
     b"\x80": "a bare pickle, as torch wrote before 1.6", b"7z\xbc\xaf": "a 7z archive", b"\x1f\x8b": "a gzip archive",
     b"GGUF": "a GGUF file", b"\x93NUMPY": "a NumPy array", b"BZh": "a bzip2 archive", b"Rar!": "a RAR archive",
@@ -34,6 +35,8 @@ _LOCAL, _ZIP64_FIELD = 30, 20  # bytes of a local header before its name; of the
 
 def open_torch_file(path: Path) -> dict[str, Weight]:
     """The tensors of a dictionary saved by torch.save, by their names. Only names and sizes are read.
+
+    Names of the same part of a record get the same `Weight`.
 
     Raises:
         CheckpointError: another kind of file, a damaged one, or one that asks for more than tensors.
@@ -57,7 +60,8 @@ def open_torch_file(path: Path) -> dict[str, Weight]:
             cause="not a checkpoint of tensors alone, damage, or an attack",
             fix="a copy as .safetensors; puna runs nothing that a file asks for",
         ) from None  # fmt: skip
-    return {n: Weight(p.shape, p.dtype, partial(_view, data, starts[p.key], p)) for n, p in places.items()}
+    weights = {p: Weight(p.shape, p.dtype, partial(_view, data, starts[p.key], p)) for p in places.values()}
+    return {name: weights[place] for name, place in places.items()}
 
 
 def _index(archive: zipfile.ZipFile) -> tuple[str, dict[str, Place]]:
@@ -68,13 +72,19 @@ def _index(archive: zipfile.ZipFile) -> tuple[str, dict[str, Place]]:
     pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise Refused(f"a zip archive with {len(pickles)} data.pkl inside, not a torch file")
-    folder, info = pickles[0].split("/")[0], archive.getinfo(pickles[0])
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > _LARGEST_PICKLE:
-        raise Refused("its data.pkl is compressed or too large, as torch writes none")
+    folder = pickles[0].split("/")[0]
     order = f"{folder}/byteorder"
-    if order in names and archive.getinfo(order).file_size < 99 and archive.read(order) == b"big":
+    if order in names and _content(archive, order, _LARGEST_ORDER) == b"big":
         raise Refused("its numbers are big-endian")
-    return folder, _tensors(read_pickle(archive.read(info)))
+    return folder, _tensors(read_pickle(_content(archive, pickles[0], _LARGEST_PICKLE)))
+
+
+def _content(archive: zipfile.ZipFile, name: str, largest: int) -> bytes:
+    """A small record. Only a plain one: what is compressed can be any number of times as long as the file."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or not info.compress_size == info.file_size <= largest:
+        raise Refused(f"the record {name[:80]} is compressed or too large, as torch writes none")
+    return archive.read(info)
 
 
 def _tensors(value: Any) -> dict[str, Place]:

@@ -5,24 +5,26 @@ file of any shape ends in a CheckpointError at once (published readers loop or o
 """
 
 import math
-import mmap
 import struct
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
+from mmap import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from puna.checkpoint.gguf.blocks import LAYOUTS, Ggml, dequantize
+from puna.checkpoint.mapped import mapped
 from puna.errors import CheckpointError
 
 _MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 _DTYPES = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
-_MAX_STRINGS = 1 << 21  # a vocabulary of two million; more is not a model
+_MAX_STRINGS = 1 << 19  # in the whole file: Llama 3 has 128,256 tokens and 280,147 merges
+_MAX_VALUES = 1 << 12
 _MAX_DIMS = 4
 _CUT = "an incomplete download, or a hostile file"
 _MAX_TENSORS = 1 << 14  # the largest Llama has 1,137
@@ -92,28 +94,20 @@ def open_gguf(path: Path) -> Gguf:
     Raises:
         CheckpointError: not a GGUF file, or one whose header does not describe it.
     """
-    try:
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise CheckpointError("no such file", where=path) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=path) from None
+    data = mapped(path)
     reader = _Reader(data, path)
     if reader.take(4) != _MAGIC:
         raise reader.wrong("not a GGUF file")
     version = reader.scalar(4)
     if version not in (2, 3):
         raise reader.wrong(f"GGUF version {version}; 2 and 3 are read")
-    n_tensors, n_values = reader.count(24), reader.count(13)
+    n_tensors, n_values = reader.count(24, _MAX_TENSORS), reader.count(13, _MAX_VALUES)
     metadata: dict[str, Any] = {}
     for _ in range(n_values):
         key = reader.string()
         if not key or key in metadata:
             raise reader.wrong(f"empty or repeated key {key[:80]!r}")
         metadata[key] = reader.value(reader.scalar(4))
-    if n_tensors > _MAX_TENSORS:
-        raise reader.wrong(f"{n_tensors:,} tensors")
     infos = [reader.tensor_info() for _ in range(n_tensors)]
     return Gguf(path, metadata, _place(infos, reader, metadata.get("general.alignment", 32)), data)
 
@@ -160,8 +154,9 @@ class _Info(NamedTuple):
 class _Reader:
     """A cursor that never moves past the end."""
 
-    def __init__(self, data: mmap.mmap, path: Path):
+    def __init__(self, data: mmap, path: Path):
         self.data, self.path, self.at, self.size = data, path, 0, len(data)
+        self.strings_left = _MAX_STRINGS
 
     def wrong(self, what: str, cause: str = "a damaged or hostile file") -> CheckpointError:
         return CheckpointError(what, where=f"{self.path} at byte {self.at:,}", cause=cause)
@@ -182,11 +177,13 @@ class _Reader:
             raise self.wrong(f"value type {kind} does not exist")
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
-    def count(self, smallest: int) -> int:
+    def count(self, smallest: int, most: int | None = None) -> int:
         """A u64 count of things of at least `smallest` bytes: more than fit the rest of the file is a lie."""
         n = self.scalar(10)
         if n > (self.size - self.at) // smallest:
             raise self.wrong(f"{n:,} items are promised, the rest of the file cannot hold them", _CUT)
+        if most is not None and n > most:
+            raise self.wrong(f"{n:,} items are promised, no Llama has more than {most:,}")
         return n
 
     def string(self) -> str:
@@ -199,9 +196,8 @@ class _Reader:
             return self.scalar(kind)
         item = self.scalar(4)
         if item == _STRING:
-            n = self.count(8)
-            if n > _MAX_STRINGS:
-                raise self.wrong(f"an array of {n:,} strings")
+            n = self.count(8, self.strings_left)
+            self.strings_left -= n
             return [self.string() for _ in range(n)]
         if item not in _DTYPES:  # arrays of arrays exist on paper only
             raise self.wrong(f"an array of value type {item}")

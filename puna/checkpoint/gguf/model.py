@@ -1,6 +1,5 @@
 """A Llama out of a GGUF file: config, weights with their names and head order, and the tokenizer inside."""
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from puna.checkpoint.gguf.rope import refuse_other_scaling, rope_scaling
 from puna.checkpoint.rope_layout import is_rotated, to_halves
 from puna.checkpoint.stored import Stored, Weight
 from puna.errors import CheckpointError
+from puna.lineage import parse_lineage
 from puna.model.config import ModelConfig, RopeScaling
 from puna.tokenizer.gguf_vocab import vocab_files
 from puna.tokenizer.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def open_gguf_model(path: Path) -> Stored:
     weights = {our_name(name): _weight(file, name, config) for name in file.names() if name != ROPE}
     return Stored(
         path, "gguf", config, weights, file.kinds(), [path], partial(gguf_tokenizer, file), _stop_ids(file),
-        _lineage(file),
+        parse_lineage(file.metadata.get(LINEAGE, "{}")),
     )  # fmt: skip
 
 
@@ -189,11 +189,3 @@ def _stop_ids(file: Gguf) -> list[int]:
     found = [*map(file.metadata.get, ENDS), *(listed.tolist() if isinstance(listed, np.ndarray) else ())]
     rows = file.shape("token_embd.weight")[0]
     return list(dict.fromkeys(id for id in found if isinstance(id, int) and 0 <= id < rows))
-
-
-def _lineage(file: Gguf) -> dict[str, Any]:
-    try:
-        lineage = json.loads(file.metadata.get(LINEAGE, "{}"))
-    except (ValueError, TypeError, RecursionError):  # not ours, or damaged: it describes the file and does not make it
-        return {}
-    return lineage if isinstance(lineage, dict) else {}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from puna.checkpoint.meta.layout import EMBEDDING, HEAD, cut_axis, from_meta_name, is_key_or_value
+from puna.checkpoint.meta.layout import EMBEDDING, HEAD, cut_axis, from_meta_name, is_key_or_value, to_meta_name
 from puna.checkpoint.meta.params import read_params
 from puna.checkpoint.rope_layout import is_rotated, to_halves
 from puna.checkpoint.stored import Stored, Weight
@@ -22,7 +22,7 @@ from puna.tokenizer.formats import tokenizer_from
 
 PARAMS = "params.json"
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
-_ROWS_COMPARED = 1024  # at a time: two different matrices differ in the first ones
+_ROWS_COMPARED = 64  # at a time: two different matrices differ in the first ones
 _QUERIES, _KEYS, _VALUES = (f"layers.0.self_attn.{x}_proj.weight" for x in "qkv")
 
 Shards = Sequence[Mapping[str, Weight]]
@@ -30,6 +30,9 @@ Shards = Sequence[Mapping[str, Weight]]
 
 def open_meta(folder: Path) -> Stored:
     """A folder as Meta publishes it, of any number of shards; a tensor's parts are joined when it is read.
+
+    What params.json does not tell is told from shapes. Weights are compared where these do not tell either: the first
+    rows of a head with the embedding's, of key heads with each other; all of them where they are the same.
 
     Raises:
         CheckpointError: damaged or incomplete, quantized, or shards that do not fit each other.
@@ -77,8 +80,9 @@ def _check_shards(shards: Shards, files: Sequence[Path]) -> None:
             f"the tensors of {', '.join(odd)} differ from those of {files[0].name} in name or shape",
             where=files[0].parent, cause="an incomplete copy, or shards of two models",
         )  # fmt: skip
-    if len(shapes[0].get(EMBEDDING, ())) != 2 or len(shapes[0].get(HEAD, (0, 0))) != 2:
-        raise CheckpointError("no tok_embeddings.weight that is a matrix", where=files[0], cause="not Meta's Llama")
+    matrices = {EMBEDDING, *({HEAD, _KEYS, _VALUES} & shapes[0].keys())}
+    if odd := sorted(name for name in matrices if len(shapes[0].get(name, ())) != 2):
+        raise CheckpointError(f"no {to_meta_name(odd[0])} that is a matrix", where=files[0], cause="not Meta's Llama")
 
 
 def _check_layers(shard: Mapping[str, Weight], n_layers: int, folder: Path) -> None:
@@ -111,15 +115,20 @@ def _repeats(shards: Shards, config: ModelConfig) -> int:
         return stored // config.n_kv_heads
     if stored != len(shards) or _VALUES not in shards[0]:
         return 1
-    heads = [(shard[_KEYS].read(), shard[_VALUES].read()) for shard in shards]
-    same = [all(map(torch.equal, a, b)) for a, b in pairwise(heads)]
-    times = next((i + 1 for i, equal in enumerate(same) if not equal), len(heads))
+    same = [all(_equal(a[name], b[name]) for name in (_KEYS, _VALUES)) for a, b in pairwise(shards)]
+    times = next((i + 1 for i, equal in enumerate(same) if not equal), len(shards))
     return times if same == [(i + 1) % times != 0 for i in range(len(same))] else 1
 
 
+def _equal(a: Weight, b: Weight) -> bool:
+    """Whether two matrices are the same, of which those that differ are not read through."""
+    one, other = a.read(), b.read()
+    return torch.equal(one[:1], other[:1]) and torch.equal(one, other)
+
+
 def _tied(shards: Shards, by_rows: bool) -> bool:
-    """Whether the head is the embedding: absent, or (Llama 3.2) stored a second time."""
-    if HEAD not in shards[0]:
+    """Whether the head is the embedding: absent, the same record (Llama 3.2), or stored a second time."""
+    if HEAD not in shards[0] or (by_rows and all(shard[HEAD] is shard[EMBEDDING] for shard in shards)):
         return True
     embeddings = [shard[EMBEDDING].read() for shard in shards]
     for number, shard in enumerate(shards):
