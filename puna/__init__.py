@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
+    from puna.checkpoint.convert import convert
+    from puna.checkpoint.inspect import inspect
     from puna.eval.parity.verify import verify
     from puna.infer.llama import Llama, load
     from puna.recipes import run
@@ -17,9 +19,11 @@ _LAZY = {
     "load": "puna.infer.llama",
     "Llama": "puna.infer.llama",
     "run": "puna.recipes",
+    "convert": "puna.checkpoint.convert",
+    "inspect": "puna.checkpoint.inspect",
     "verify": "puna.eval.parity.verify",
 }
-__all__ = ["Llama", "__version__", "load", "run", "verify"]
+__all__ = ["Llama", "__version__", "convert", "inspect", "load", "run", "verify"]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,3 +32,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_LAZY]

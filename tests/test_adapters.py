@@ -85,6 +85,8 @@ def test_every_kind_travels_both_ways(kind: str, exact_norm: None, tokenizer_fol
     expected = model(TOKENS)
     (tmp_path / "ours").mkdir()
     save_adapter(tmp_path / "ours", model, loaded, Tokenizer(tokenizer_folder), "base", {})
+    written = {file.name: file.stat().st_mode for file in (tmp_path / "ours").iterdir()}
+    assert len(set(written.values())) == 1, written  # weights of 0600, which a server of another user cannot read
     again = peft.PeftModel.from_pretrained(reference(build(GQA, torch.float64)), str(tmp_path / "ours"))
     assert (again(TOKENS).logits - expected).abs().max() < 1e-9
     merge_lora(model)

@@ -121,6 +121,13 @@ def test_packed_labels_equal_the_oracle(
     assert batch.n == kept == int((batch.labels != IGNORE).sum())
 
 
+def test_a_message_that_is_no_list_is_told_how_to_be_one(llama3: Tokenizer) -> None:
+    """`respond("Hello")` said that message 0 is a str, of a text of five letters."""
+    with pytest.raises(DataError, match="one message, not a list") as told:
+        ChatFormat(llama3, "llama3").prompt("Hello")  # type: ignore[arg-type]
+    assert told.value.fix == '[{"role": "user", "content": "Hello"}]'
+
+
 def test_an_end_that_generation_ignores_is_refused(tokenizers_by_template: dict[str, Tokenizer]) -> None:
     """A model that learns to end its turn with an id that nobody stops at talks on for ever."""
     tokenizer = tokenizers_by_template["llama3"]

@@ -10,8 +10,11 @@ from typing import Any
 import typer
 from command_line import puna, puna_all
 
+import puna as package
 from puna.cli import app
 from puna.config import RecipeConfig, load_config
+from puna.model.config import count_parameters
+from puna.model.presets import PRESETS
 from puna.recipes import CONFIGS, RECIPES, config_file, config_type, load, recipe_of
 
 ROOT: Any = typer.main.get_command(app)
@@ -36,6 +39,7 @@ for words in json.loads(sys.argv[1]):
     printed.append(out.getvalue())
 print(json.dumps({"printed": printed, "modules": list(sys.modules)}))
 """
+ASK_MODEL = [("chat",), ("doctor",), ("eval",), ("generate",), ("convert",)]
 HEAVY = {"torch", "numpy", "pyarrow", "tokenizers", "transformers"}
 SLOW = {"ruamel", "rich", "puna.config", "asyncio"}  # 20 to 100 ms each; of `puna --help` pydantic too
 
@@ -75,6 +79,20 @@ def test_every_verb_and_value_is_explained() -> None:
         assert command.help, words
         for parameter in command.params:
             assert getattr(parameter, "help", None), (words, parameter.name)
+
+
+def test_every_verb_says_the_same_of_a_model() -> None:
+    """Three of the seven kinds of model were named: who has a Meta folder, an adapter or a .bin asks elsewhere."""
+    told = {command.params[0].help for words, command in verbs().items() if words[-1:] in ASK_MODEL}
+    (text,) = told
+    for kind in ("Meta", "run", "adapter", ".gguf", ".bin", "org/name", "smollm2-135m"):
+        assert kind in text
+
+
+def test_the_package_shows_what_it_has() -> None:
+    """`dir(puna)` without load and run: completion and help have nothing to offer."""
+    assert set(package.__all__) <= set(dir(package))
+    assert all(getattr(package, name) is not None for name in package.__all__)
 
 
 def test_listings_as_json(tmp_path: Path) -> None:
@@ -118,6 +136,9 @@ def test_table_of_configs() -> None:
     for name in CONFIGS:
         file = config_file(name)
         assert load(recipe_of(file), name) == load_config(config_type(recipe_of(file)), file)
+    newborn: Any = load("pretrain", "quickstart/pretrain")
+    millions = count_parameters(PRESETS[newborn.model.preset]) / 1e6
+    assert f"{millions:.0f}M-parameter" in CONFIGS["quickstart/pretrain"]
 
 
 def test_verbose_shows_the_traceback_and_keeps_the_exit_code(tmp_path: Path) -> None:
@@ -132,6 +153,12 @@ def test_words_after_two_dashes_are_no_options(tmp_path: Path) -> None:
     """A text to encode or a file that is called -q."""
     done = puna("cp", "debug", "--", "-q", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "-q.yaml\n"), done.stderr
+
+
+def test_reserved_control_ids_are_counted(assets: Path) -> None:
+    """Of 256 ids eight were named and no word said that there are more."""
+    done = puna("tokenizer", "inspect", assets / "tokenizers/llama3/tokenizer.model")
+    assert "and 248 that are reserved" in " ".join(done.stdout.split())
 
 
 def test_cp(tmp_path: Path) -> None:

@@ -152,6 +152,30 @@ def test_weights_that_do_not_fit_are_told_before_the_first_byte(model: Path, tmp
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(("to", "name", "more"), TARGETS[:3])
+def test_more_ids_than_rows_are_refused(to: str, name: str, more: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    """A token without a row: converted to Meta and back in silence, and `verify` found both the same."""
+    grown = Path(shutil.copytree(model, tmp_path / "grown"))
+    Tokenizer(model).with_tokens(["<|tool|>"]).save(grown)
+    error = refused(grown, tmp_path / name, to, **more)
+    assert "601 token ids over 600 rows of embedding" in str(error)
+    assert inspect(grown)["tokenizer does not fit"] == "601 token ids over 600 rows of embedding"
+
+
+def test_a_tokenizer_model_alone_is_a_tokenizer(assets: Path, tmp_path: Path) -> None:
+    """Older repositories of Llama 1 and 2 have no tokenizer.json; a model without either is told what is missing."""
+    config = GENERATIONS["2"].model_copy(update={"vocab_size": 32000, "n_layers": 1})
+    state = {name: tensor.half() for name, tensor in random_state(config).items()}
+    meta = publish(tmp_path / "meta", state, config, 1, by_rows=False)
+    shutil.copy(assets / "tokenizers/llama2/tokenizer.model", meta)
+    folder = convert(meta, tmp_path / "hf", "hf")
+    for json_file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / json_file).unlink()
+    assert open_model(folder).read_tokenizer().encode("Hello world") == [15043, 3186]
+    (folder / "tokenizer.model").unlink()
+    assert "put its tokenizer.json or tokenizer.model there" in str(refused(folder, tmp_path / "new", "meta"))
+
+
 def test_old_weights_of_hugging_face_are_read_as_data(model: Path, tmp_path: Path) -> None:
     """A directory with nothing but pytorch_model.bin, which the library it is for no longer likes to open."""
     folder = convert(model, tmp_path / "hf", "hf")
@@ -236,4 +260,4 @@ def test_the_verb(model: Path, tmp_path: Path) -> None:
     assert (first.returncode, first.stdout, first.stderr) == (0, "a\n", "")
     assert (second.returncode, second.stdout) == (0, "b.gguf\n")
     assert (third.returncode, fourth.returncode) == (2, 2)
-    assert "try: --shards 1" in fourth.stderr
+    assert "try: --shards 1 or 2 or 4" in fourth.stderr

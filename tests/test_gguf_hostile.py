@@ -100,6 +100,17 @@ def test_strings_are_counted_in_the_whole_file(tmp_path: Path) -> None:
     ends_at_once(open_gguf, tmp_path / "m.gguf", file, mib=32)
 
 
+@pytest.mark.parametrize("kept", [0.3, 0.9])
+def test_a_download_that_broke_off_is_told_as_one(kept: float, tmp_path: Path) -> None:
+    """A usual shape called hostile: `tensor 'token_embd.weight' has shape (49152, 576)`."""
+    whole = header(1, 0, tensor("token_embd.weight", dims=(32, 4096))) + b"\0" * (32 * 4096 * 4 + 64)
+    for kept_bytes in (100, int(kept * len(whole))):
+        (tmp_path / "cut.gguf").write_bytes(whole[:kept_bytes])
+        with pytest.raises(CheckpointError, match=r"before its tensor 'token_embd\.weight' does") as told:
+            open_gguf(tmp_path / "cut.gguf")
+        assert told.value.cause == "an incomplete download"
+
+
 def model(**changed: Any) -> Any:
     return build(ModelConfig(**{**BASE, "vocab_size": len(vocabulary()["tokenizer.ggml.tokens"]), **changed}))
 

@@ -42,6 +42,12 @@ def saved(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+def test_a_loaded_model_is_told_in_a_line(saved: Path) -> None:
+    """Twenty lines of modules for `print(puna.load(...))`."""
+    told = repr(puna.load(saved, "fp32", "cpu"))
+    assert told == f"Llama({str(saved)!r}: {count_parameters(CONFIG):,} parameters, float32 on cpu)"
+
+
 def test_a_model_is_told_without_its_weights(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A look at 100 GB must not read them."""
 

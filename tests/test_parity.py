@@ -22,7 +22,7 @@ from puna.checkpoint.adapter import save_adapter
 from puna.checkpoint.registry import open_model
 from puna.checkpoint.rope_layout import to_halves, to_neighbours
 from puna.checkpoint.stored import Stored, Weight
-from puna.errors import CheckpointError
+from puna.errors import CheckpointError, UsageError
 from puna.eval.parity import verify as verify_module
 from puna.eval.parity.budget import EIGHT, FEWER, FOUR, ROUNDED, SAME, budget_for, logit_rows, perplexity_row
 from puna.eval.parity.material import PROMPTS, TEXT
@@ -153,7 +153,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], dict[str, str]]] = {
     "no template": (lambda folder: (folder / "chat_template.jinja").unlink(), {"template": "only A has one"}),
     "a norm forgotten": (
         weights_changed(lambda t: each(t, "1.input_layernorm.weight", torch.ones_like)),
-        {"weights": "layers.1.input_layernorm.weight by", "logits": ""},
+        {"weights": "furthest apart: layers.1.input_layernorm.weight by", "logits": ""},
     ),
 }  # fmt: skip
 
@@ -223,9 +223,12 @@ def test_adapters_merged_once_never_and_twice(whole: Path, tokenizer: Tokenizer,
             weight += weight - base
     twice.save(tmp_path / "twice", "fp32")
     rows = rows_of(adapter, tmp_path / "once")
-    assert rows["weights"] == (True, "the adapter is in them 1.00 times")
+    assert rows["weights"] == (True, "the adapter is in them 1.00 times, expected 1")
     assert all(ok is not False for ok, _ in rows.values())
-    wrong = {whole: "0.00 times: it was not merged", tmp_path / "twice": "2.00 times: it was merged twice"}
+    wrong = {
+        whole: "0.00 times, expected 1: it was not merged",
+        tmp_path / "twice": "2.00 times, expected 1: it was merged twice",
+    }
     for name, told in wrong.items():
         rows = rows_of(adapter, name)
         assert rows["weights"] == (False, f"the adapter is in them {told}")
@@ -342,6 +345,9 @@ def test_what_is_not_a_number_is_not_within_a_budget(whole: Path) -> None:
     rows = logit_rows(Apart(nan, nan, nan, nan, nan, (0, 0, 0)), SAME._replace(kl=1.0), "x")
     assert [row.ok for row in rows if row.ok is not None] == [False, False]
     assert perplexity_row((2.0, nan), (1.0, nan), SAME).ok is False
+    for budget in (-1.0, nan):  # within which nothing can be
+        with pytest.raises(UsageError, match="no difference"):
+            puna.verify(whole, against=whole, budget=budget)
     llama = puna.load(whole, "fp32")
     first = observe(llama, PROMPTS[:2], 3, limit=100)
     second = first._replace(logits=[first.logits[0], first.logits[1].clone()])
@@ -420,7 +426,10 @@ def test_a_tensor_that_is_not_a_number_is_named(place: int, whole: Path) -> None
 
 
 def test_verify_against_on_the_command_line(whole: Path, tmp_path: Path) -> None:
-    """Exit codes a script can tell apart; 80 columns; the model's own words cannot steer the terminal."""
+    """Exit codes a script can tell apart; 80 columns; words that say what was judged, and by what.
+
+    "They say the same" stood under 0 of 8 answers alike, and `+0.10% (at most 0.01)` beside each other.
+    """
     shutil.copytree(whole, tmp_path / "copy")
     shutil.copytree(whole, tmp_path / "eps")
     FAULTS["eps"][0](tmp_path / "eps")
@@ -430,7 +439,7 @@ def test_verify_against_on_the_command_line(whole: Path, tmp_path: Path) -> None
     calls = [
         [*common, "copy", "--max-tokens", "2", "--prompts", "ask.txt"],
         [*common, "eps", "--max-tokens", "2", "--prompts", "ask.txt", "--json"],
-        [*common, "copy", "--prompts", "ask.txt", "--text", "ask.txt", "--max-tokens", "2", "--budget", "-1"],
+        [*common, "eps", "--prompts", "ask.txt", "--text", "ask.txt", "--max-tokens", "2", "--budget", "0"],
         [*common, "nowhere"],
         [*common, "copy", "--prompts", "empty.txt"],
         ["verify", whole, "--budget", "1"],
@@ -438,12 +447,13 @@ def test_verify_against_on_the_command_line(whole: Path, tmp_path: Path) -> None
     same, eps, budget, nowhere, empty, alone = puna_forked(calls, tmp_path)
     assert [d.returncode for d in (same, eps, budget, nowhere, empty, alone)] == [0, 5, 5, 4, 3, 2], eps.stderr
     assert max(map(len, same.stdout.splitlines())) <= 80
-    assert "\n\nthey say the same, by the budget for the same weights\n" in same.stdout
+    assert same.stdout.endswith("\n\nwithin the budget for the same weights\n--: worth knowing, not judged\n")
+    assert "+0.00% (at most 0.1%)" in " ".join(same.stdout.split())
     found = json.loads(eps.stdout)
     assert found["ok"] is False
     assert found["measured"]["prompts"] == 2
     assert {"name": "config", "ok": False, "told": "norm_eps A 1e-05, B 1e-06"} in found["rows"]
-    assert "they differ: logits, by the budget for as asked" in budget.stdout
+    assert "they differ: config, logits; beyond the budget for logits, as asked" in budget.stdout
     assert "nothing to compare it with" in alone.stderr
 
 

@@ -30,6 +30,8 @@ TYPOS = {
     ("generate", "x", "-p", "a", "--max-tokens", "many"): "puna generate: `--max-tokens`: input should be",
     ("generate", "x"): "puna: puna generate: --prompt is missing\n  try: puna generate -h",
     ("run",): "puna: puna run: RECIPE is missing\n  try: puna run -h",
+    ("download", "smollm2-135m"): "is not a name of the hub\n  try: puna chat smollm2-135m fetches it",
+    ("chat", "x", "--tools", "mine.yml"): "mine.yml: no such file; did you mean `mine.yaml`?",
     ("ls", "recipe"): "did you mean `recipes`?",
     # recipes and configs
     ("run", "pretrian"): "no recipe `pretrian`; did you mean `pretrain`?",

@@ -1,17 +1,17 @@
 """Adapter directories in PEFT's layout: PEFT and vLLM open ours, we open theirs, and torchtune's own."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from puna.checkpoint.model_directory import read_json
 from puna.checkpoint.names import from_disk_name, name_problems, to_disk_name
-from puna.checkpoint.safetensors_file import open_safetensors
-from puna.checkpoint.stored import Stored
+from puna.checkpoint.safetensors_file import open_safetensors, write_safetensors
+from puna.checkpoint.stored import Stored, Weight
 from puna.checkpoint.torchtune import from_torchtune, is_torchtune
 from puna.checkpoint.weight_files import inside
 from puna.dist.fsdp import gathered
@@ -48,7 +48,8 @@ def save_adapter(
     tensors = gathered({f"{_PREFIX}{to_disk_name(n)}": p for n, p in lora_parameters(model).items()})
     if rank():
         return
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    weights = {n: Weight(tuple(t.shape), t.dtype, partial(tensors.pop, n)) for n, t in tensors.items()}
+    write_safetensors(folder / WEIGHTS, weights, lambda name: None)
     values = {disk: getattr(config, ours) for ours, disk in _OURS.items()}
     if isinstance(config.targets, str):  # spelled out: readers differ in what a pattern is held against
         values["target_modules"] = [to_disk_name(name) for name in lora_layers(model)]

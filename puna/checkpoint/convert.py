@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import get_args
@@ -15,9 +16,9 @@ from puna.checkpoint.meta.write import check_shards, write_meta
 from puna.checkpoint.model_directory import write_model_directory
 from puna.checkpoint.names import DTYPES
 from puna.checkpoint.registry import open_model
-from puna.checkpoint.stored import Format, Stored, expected_shapes
+from puna.checkpoint.stored import Format, Stored, expected_shapes, rows_missing
 from puna.config import nearest
-from puna.errors import UsageError
+from puna.errors import CheckpointError, UsageError
 from puna.files import as_path, atomic_file, atomic_folder, require_space
 from puna.lineage import lineage
 from puna.log import Progress
@@ -51,6 +52,8 @@ def convert(
         raise UsageError("exists already", where=target, fix="another name, or remove that one first")
     stored = open_model(source)
     stored.check()
+    if format != "llama2.c":  # which holds weights alone
+        stored = _with_tokenizer(stored)
     kind = _kind(format, kind)
     if format == "meta":
         check_shards(stored.config, shards or 1)
@@ -99,6 +102,17 @@ def _kind(format: Format, kind: str | None) -> str:
     if format == "llama2.c" and kind is not None and kind not in _LLAMA2C:
         raise UsageError(f"`{kind}` is no version of llama2.c", where="--kind", fix=", ".join(_LLAMA2C))
     return kind or "v0"
+
+
+def _with_tokenizer(stored: Stored) -> Stored:
+    """The model with its tokenizer read, once, and seen to fit."""
+    tokenizer = stored.read_tokenizer()
+    if wrong := rows_missing(tokenizer, stored.config):
+        raise CheckpointError(
+            wrong[0], where=stored.path, cause="tokens were added and the embedding was not resized",
+            fix="the tokenizer it was trained with, or transformers' resize_token_embeddings",
+        )  # fmt: skip
+    return replace(stored, read_tokenizer=lambda: tokenizer)
 
 
 def _size(stored: Stored, format: Format, dtype: str | None, kind: str) -> int:

@@ -11,7 +11,7 @@ from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import WEIGHTS, adapter_config, base_of
 from puna.checkpoint.registry import find_model, holds_model, open_model
 from puna.checkpoint.safetensors_file import read_header
-from puna.checkpoint.stored import Stored
+from puna.checkpoint.stored import Stored, rows_missing
 from puna.checkpoint.weight_files import inside
 from puna.errors import CheckpointError, DataError, PunaError
 from puna.files import MANIFEST, as_path, read_manifest
@@ -112,9 +112,13 @@ def _model(stored: Stored) -> dict[str, Any]:
     if problems := stored.problems():
         told["does not fit its config"] = problems[:10]
     try:
-        return {**told, **_tokenizer(stored.read_tokenizer(), stored.stop_ids)}
+        tokenizer = stored.read_tokenizer()
+        told |= _tokenizer(tokenizer, stored.stop_ids)
     except PunaError as error:  # weights alone are worth a look, too
         return {**told, "tokenizer": f"none: {error.what}"}
+    if wrong := rows_missing(tokenizer, config):
+        told["tokenizer does not fit"] = wrong[0]
+    return told
 
 
 def _architecture(config: ModelConfig) -> str:

@@ -69,11 +69,14 @@ def write_model_directory(
     write_weights(folder, weights, progress)
 
 
-def open_model_directory(folder: Path, open_bin: OpenFile | None = None) -> Stored:
+def open_model_directory(
+    folder: Path, open_bin: OpenFile | None = None, read_tokenizer: Callable[[Path], Tokenizer] = Tokenizer
+) -> Stored:
     """A model directory as puna, transformers and others write it.
 
     Args:
         open_bin: reads pytorch_model.bin, where there is no safetensors file.
+        read_tokenizer: reads what older models have instead of a tokenizer.json, too.
 
     Raises:
         CheckpointError: no such model, damaged files, or an architecture that puna does not compute.
@@ -89,7 +92,7 @@ def open_model_directory(folder: Path, open_bin: OpenFile | None = None) -> Stor
     if head is not None and "embed_tokens.weight" in weights:
         weights["embed_tokens.weight"] = _tied(weights["embed_tokens.weight"], head, folder)
     return Stored(
-        folder, "hf", config, weights, storage(found), files, lambda: Tokenizer(folder),
+        folder, "hf", config, weights, storage(found), files, partial(read_tokenizer, folder),
         read_stop_ids(folder, config.vocab_size), read_lineage(folder),
     )  # fmt: skip
 

@@ -72,7 +72,9 @@ def open_model(name: str | Path) -> Stored:
         )
     if not found.is_dir():
         return open_gguf_model(found) if is_gguf(found) or found.suffix == ".gguf" else open_llama2c(found)
-    return open_model_directory(found, open_torch_file) if (found / "config.json").exists() else open_meta(found)
+    if not (found / "config.json").exists():
+        return open_meta(found)
+    return open_model_directory(found, open_torch_file, tokenizer_from)
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:

@@ -105,6 +105,12 @@ class Stored:
         return tensor.to(device, dtype, copy=tensor.dtype == dtype and device.type == "cpu" and not weight.owned)
 
 
+def rows_missing(tokenizer: Tokenizer, config: ModelConfig) -> list[str]:
+    """What is wrong with a tokenizer of more ids than the embedding has rows; nothing when each has one."""
+    ids, rows = tokenizer.vocab_size, config.vocab_size
+    return [f"{ids:,} token ids over {rows:,} rows of embedding"] * (ids > rows)
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every stored tensor by our names; a tied head is stored once, as the embedding."""
     one = build_model(config.model_copy(update={"n_layers": 1})).named_parameters()  # all layers are alike

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from puna.cli.models import Model
 from puna.errors import DataError, UsageError
 from puna.log import harmless, log
 
@@ -19,9 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 def chat(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model or run folder, a .gguf file, or smollm2-135m.")
-    ],
+    model: Model,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most ids in an answer.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0: always the most likely id.", min=0)] = 0.6,
@@ -87,8 +86,11 @@ def merge(
 
 
 def _read_tools(path: Path) -> list[dict[str, Any]] | None:
+    from puna.config import nearest_path
     from puna.tokenizer.chat.messages import plain_tools
 
+    if not path.is_file():
+        raise UsageError("no such file" + nearest_path(path), where=path, fix="a JSON list of functions")
     try:
         return plain_tools(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:

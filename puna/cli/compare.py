@@ -35,8 +35,10 @@ def _table(found: dict[str, Any]) -> list[str]:
     for row in found["rows"]:
         lines += _wrapped(f"{_MARKS[row['ok']]:3}  {row['name']:{width}}  ", row["told"])
     bad = [row["name"] for row in found["rows"] if row["ok"] is False]
-    verdict = f"they differ: {', '.join(bad)}" if bad else "they say the same"
-    return [*lines, "", *_wrapped("", f"{verdict}, by the budget for {found['budget']['kind']}")]
+    verdict = f"they differ: {', '.join(bad)}; beyond" if bad else "within"
+    lines += ["", *_wrapped("", f"{verdict} the budget for {found['budget']['kind']}")]
+    unjudged = any(row["ok"] is None for row in found["rows"])
+    return [*lines, *[f"{_MARKS[None]}: worth knowing, not judged"] * unjudged]
 
 
 def _wrapped(head: str, text: str) -> list[str]:

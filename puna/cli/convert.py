@@ -5,15 +5,15 @@ from typing import Annotated
 
 import typer
 
+from puna.cli.models import MODEL
+
 
 def register(app: typer.Typer) -> None:
     app.command("convert")(convert)
 
 
 def convert(
-    source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A model folder (also Meta's), a run folder, a .gguf, a llama2.c .bin.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="SRC", help=MODEL)],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The folder or file to write.")],
     to: Annotated[
         str | None, typer.Option(help="hf, meta, gguf or llama2.c; guessed where DST is called *.gguf.")

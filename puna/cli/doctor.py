@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from puna.cli.models import MODEL
 from puna.cli.output import Json, print_fields, print_json
 from puna.errors import DataError, UsageError
 
@@ -17,9 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A model or run folder, a .gguf file, or smollm2-135m.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL)] = None,
     data: Annotated[Path | None, typer.Option(help="Conversations, text, or a folder of token shards.")] = None,
     template: Annotated[str | None, typer.Option(help="llama3, chatml ...; the model's own by default.")] = None,
     rows: Annotated[int, typer.Option(help="The first so many conversations or texts.", min=2)] = 8,

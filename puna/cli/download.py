@@ -22,10 +22,12 @@ def download(
     """Fetch a model into the Hugging Face cache: weights as safetensors, configs, tokenizer; never a pickle."""
     from puna.checkpoint.hub import download as fetch
     from puna.checkpoint.hub import hub_name
+    from puna.checkpoint.registered import REGISTERED
 
     found = hub_name(name)
     if found is None:
-        raise UsageError(f"`{name[:100]}` is not a name of the hub", fix="org/name, or org/name@revision")
+        fix = f"puna chat {name} fetches it" if name in REGISTERED else "org/name, or org/name@revision"
+        raise UsageError(f"`{name[:100]}` is not a name of the hub", fix=fix)
     folder = fetch(found, files or [])
     if as_json:
         print_json({"name": str(found), "commit": folder.name, "path": str(folder)})

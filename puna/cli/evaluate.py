@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from puna.cli.models import Model
 from puna.cli.output import Json, print_json
 from puna.errors import DataError, UsageError
 
@@ -14,9 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model or run folder, a .gguf file, or smollm2-135m.")
-    ],
+    model: Model,
     tasks: Annotated[
         str, typer.Option(help='reasoning-gym tasks: a,b or with settings "{chain_sum: {max_terms: 2}}".')
     ] = "",

@@ -65,11 +65,13 @@ def inspect_tokenizer(folder: TokenizerFolder, as_json: bool = Json) -> None:
     """Size, special ids, fingerprint."""
     tokenizer = _tokenizer(folder)
     named = {n: i for n, i in tokenizer.special_tokens.items() if "reserved_special_token" not in n}
+    others = len(tokenizer.special_tokens) - len(named)
+    more = f", and {others} that are reserved" if others else ""
     fields = {
         "ids": tokenizer.vocab_size,
         "begins with": f"{tokenizer.token(tokenizer.bos_id)} ({tokenizer.bos_id})" if tokenizer.adds_bos else "nothing",
         "stops at": ", ".join(f"{tokenizer.token(i)} ({i})" for i in tokenizer.stop_ids),
-        "control ids": f"{len(tokenizer.special_tokens)}: " + ", ".join(f"{n} {i}" for n, i in named.items()),
+        "control ids": f"{len(tokenizer.special_tokens)}: " + ", ".join(f"{n} {i}" for n, i in named.items()) + more,
         "fingerprint": tokenizer.fingerprint,
     }
     print_fields(fields, as_json)

@@ -8,7 +8,8 @@ import typer
 from puna.cli.output import Json, print_json
 from puna.errors import UsageError
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model or run folder, a .gguf file, or smollm2-135m.")]
+MODEL = "A folder of a model (also Meta's), a run or an adapter, a .gguf, a llama2.c .bin, org/name, or smollm2-135m."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 
 
 def register(app: typer.Typer) -> None:

@@ -19,6 +19,7 @@ from puna.errors import UsageError
 from puna.files import as_path, atomic_folder
 from puna.infer.generate import generate
 from puna.lineage import lineage
+from puna.model.config import count_parameters
 from puna.model.resize import resize_embeddings
 from puna.model.transformer import Transformer
 from puna.tokenizer.chat.format import ChatFormat
@@ -26,7 +27,7 @@ from puna.tokenizer.chat.messages import Message, Tool
 from puna.tokenizer.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Llama:
     """A loaded model: `model` is the Transformer, `tokenizer` its tokenizer, `path` where both came from.
 
@@ -39,10 +40,15 @@ class Llama:
     stop_ids: list[int]
     variables: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        weight = self.model.embed_tokens.weight
+        count = count_parameters(self.model.config)
+        return f"Llama({str(self.path)!r}: {count:,} parameters, {str(weight.dtype)[6:]} on {weight.device})"
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of a raw prompt, with BOS where the tokenizer's config asks for it."""
-        bos = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
-        return bos + self.tokenizer.encode(text, special=special)
+        begin = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
+        return begin + self.tokenizer.encode(text, special=special)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[Sequence[int]] | Tensor) -> Tensor:

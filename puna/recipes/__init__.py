@@ -22,7 +22,7 @@ RECIPES = {
 CONFIGS = {
     "quickstart/tokenizer": "2,048 ids from Shakespeare and the King James Bible",
     "quickstart/data": "the same text as shards, two plays held out",
-    "quickstart/pretrain": "a 2M-parameter Llama 3 in two minutes on a laptop",
+    "quickstart/pretrain": "a 1M-parameter Llama 3 in two minutes on a laptop",
     "quickstart/chat": "that newborn learns small talk, every weight trained",
     "quickstart/lora": "LoRA of SmolLM2-135M on three tasks, judged before and after",
     "debug": "ten steps of a tiny model on your shards: does the machinery turn?",

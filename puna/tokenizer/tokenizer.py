@@ -168,7 +168,7 @@ class Tokenizer:
         return token["content"] if isinstance(token, dict) else token
 
     def named_id(self, key: str) -> int | None:
-        """The id of a named token; None where none is named, or the vocabulary does not have it."""
+        """The id of `named_token`, if there is one; not every tokenizer has a BOS."""
         text = self.named_token(key)
         return self._engine.token_to_id(text) if text else None
 
@@ -200,8 +200,8 @@ def _template(given: Any) -> str | None:
 def _read_files(folder: Path) -> dict[str, bytes]:
     if not (folder / FILES[0]).is_file():
         raise DataError(
-            f"no {FILES[0]}", where=folder, cause="not a tokenizer or model folder",
-            fix="puna run tokenizer sources.path=TEXTS output=FOLDER",
+            f"no {FILES[0]}", where=folder, cause="a model whose tokenizer was left behind, or no model",
+            fix="put its tokenizer.json or tokenizer.model there; puna run tokenizer makes a new one",
         )  # fmt: skip
     return {name: read_file(folder / name) for name in FILES if (folder / name).is_file()}
 

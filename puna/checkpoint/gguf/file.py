@@ -26,6 +26,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_STRINGS = 1 << 19  # in the whole file: Llama 3 has 128,256 tokens and 280,147 merges
 _MAX_VALUES = 1 << 12
 _MAX_DIMS = 4
+_CUT = "an incomplete download, or a hostile file"
 _MAX_TENSORS = 1 << 14  # the largest Llama has 1,137
 
 
@@ -120,13 +121,14 @@ def _place(infos: list["_Info"], reader: "_Reader", alignment: Any) -> dict[str,
         if info.name in tensors:
             raise reader.wrong(f"two tensors are called {info.name[:80]!r}")
         if info.kind not in LAYOUTS:
-            raise reader.wrong(f"tensor {info.name[:80]!r} has ggml type {info.kind}, which is not known", newer=True)
+            what = f"tensor {info.name[:80]!r} has ggml type {info.kind}, which is not known"
+            raise reader.wrong(what, "a newer file format")
         per_block, block_bytes = LAYOUTS[Ggml(info.kind)]
         if info.offset % alignment or info.shape[-1] % per_block:
             raise reader.wrong(f"tensor {info.name[:80]!r} is not aligned or not whole blocks")
         size = math.prod(info.shape) // per_block * block_bytes
         if start + info.offset + size > reader.size:
-            raise reader.wrong(f"tensor {info.name[:80]!r} reaches beyond the end of the file")
+            raise reader.cut_off(info.name)
         tensors[info.name] = _Tensor(Ggml(info.kind), info.shape, start + info.offset, size)
     _no_overlap(tensors, reader)
     return tensors
@@ -156,13 +158,16 @@ class _Reader:
         self.data, self.path, self.at, self.size = data, path, 0, len(data)
         self.strings_left = _MAX_STRINGS
 
-    def wrong(self, what: str, *, newer: bool = False) -> CheckpointError:
-        cause = "a newer file format" if newer else "a damaged or hostile file"
+    def wrong(self, what: str, cause: str = "a damaged or hostile file") -> CheckpointError:
         return CheckpointError(what, where=f"{self.path} at byte {self.at:,}", cause=cause)
+
+    def cut_off(self, tensor: str) -> CheckpointError:
+        what = f"the file ends at byte {self.size:,}, before its tensor {tensor[:80]!r} does"
+        return self.wrong(what, "an incomplete download")
 
     def take(self, n: int) -> bytes:
         if n > self.size - self.at:
-            raise self.wrong(f"{n:,} bytes are promised, {self.size - self.at:,} are left")
+            raise self.wrong(f"{n:,} bytes are promised, {self.size - self.at:,} are left", _CUT)
         self.at += n
         return self.data[self.at - n : self.at]
 
@@ -176,7 +181,7 @@ class _Reader:
         """A u64 count of things of at least `smallest` bytes: more than fit the rest of the file is a lie."""
         n = self.scalar(10)
         if n > (self.size - self.at) // smallest:
-            raise self.wrong(f"{n:,} items are promised, the rest of the file cannot hold them")
+            raise self.wrong(f"{n:,} items are promised, the rest of the file cannot hold them", _CUT)
         if most is not None and n > most:
             raise self.wrong(f"{n:,} items are promised, no Llama has more than {most:,}")
         return n
@@ -206,6 +211,8 @@ class _Reader:
         if not 1 <= n_dims <= _MAX_DIMS:
             raise self.wrong(f"tensor {name[:80]!r} has {n_dims} dimensions")
         shape = tuple(reversed([self.scalar(10) for _ in range(n_dims)]))
-        if min(shape) < 1 or math.prod(shape) > 8 * self.size:
+        if min(shape) < 1:
             raise self.wrong(f"tensor {name[:80]!r} has shape {shape}")
+        if math.prod(shape) > 8 * self.size:  # no type has less than a bit a weight
+            raise self.cut_off(name)
         return _Info(name, self.scalar(4), shape, self.scalar(10))

@@ -25,6 +25,7 @@ from puna.tokenizer.formats import sentencepiece_model, tiktoken_ranks
 from puna.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.model"
+_MOST_SHARDS = 100  # their files are numbered 00 to 99
 
 
 def check_shards(config: ModelConfig, shards: int) -> None:
@@ -32,18 +33,23 @@ def check_shards(config: ModelConfig, shards: int) -> None:
     Raises:
         UsageError: the model cannot be cut into so many shards, or has something that Meta's format cannot say.
     """
-    if not 1 <= shards <= 100:
+    if not 1 <= shards <= _MOST_SHARDS:
         raise UsageError(f"{shards} shards: their files are numbered 00 to 99", where="--shards")
-    sizes = {"n_heads": config.n_heads, "ffn_dim": config.ffn_dim, "vocab_size": config.vocab_size, "dim": config.dim}
-    wrong = [f"{name} = {size}" for name, size in sizes.items() if size % shards]
-    keys = config.n_kv_heads
-    wrong += [f"n_kv_heads = {keys}"] * bool(keys % shards and shards % keys)
-    if wrong:
+    if wrong := _not_divided(config, shards):
+        whole = [str(n) for n in range(1, _MOST_SHARDS + 1) if not _not_divided(config, n)]
         raise UsageError(
             f"cannot be cut into {shards} shards: {', '.join(wrong)}", where="--shards",
-            fix="--shards 1, or another number that divides them",
+            fix=f"--shards {' or '.join(whole)}",
         )  # fmt: skip
-    write_params(config, max(keys, shards))
+    write_params(config, max(config.n_kv_heads, shards))
+
+
+def _not_divided(config: ModelConfig, shards: int) -> list[str]:
+    """The sizes that so many shards do not divide."""
+    sizes = {"n_heads": config.n_heads, "ffn_dim": config.ffn_dim, "vocab_size": config.vocab_size, "dim": config.dim}
+    if shards % config.n_kv_heads:  # else neighbours hold the same head
+        sizes["n_kv_heads"] = config.n_kv_heads
+    return [f"{name} = {size}" for name, size in sizes.items() if size % shards]
 
 
 def write_meta(
@@ -76,6 +82,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: bytes | None) ->
     tokenizer.save(folder)  # tokenizer.json too: control tokens and the template have no place in a tokenizer.model
     if model is not None:
         (folder / TOKENIZER).write_bytes(model)
+    elif (folder / TOKENIZER).exists():
+        log.warning("%s is a copy of the source's: whether it gives the ids of tokenizer.json is not known", TOKENIZER)
     else:
         log.warning("no %s: this tokenizer is neither Llama 1/2's kind nor Llama 3's, Meta's code has none", TOKENIZER)
 

@@ -74,7 +74,9 @@ def perplexity_row(perplexities: tuple[float, float], bits: tuple[float, float],
     """On a text. The increase is that of bits per byte, told per token of A's: the tokenizers may differ."""
     increase = math.expm1(min(99.0, math.log(perplexities[0]) * (bits[1] / bits[0] - 1)))
     told = f"A {perplexities[0]:.4g}, B {perplexities[1]:.4g} a token, {bits[0]:.4f} and {bits[1]:.4f} bits a byte"
-    return Row("perplexity", _within(increase, budget.perplexity), f"{told}: {increase:+.2%}{_most(budget.perplexity)}")
+    return Row(
+        "perplexity", _within(increase, budget.perplexity), f"{told}: {increase:+.2%}{_most(budget.perplexity, '%')}"
+    )
 
 
 def _within(value: float, limit: float | None) -> bool | None:
@@ -82,5 +84,5 @@ def _within(value: float, limit: float | None) -> bool | None:
     return None if limit is None else value <= limit
 
 
-def _most(limit: float | None) -> str:
-    return "" if limit is None else f" (at most {limit:g})"
+def _most(limit: float | None, unit: str = "") -> str:
+    return "" if limit is None else f" (at most {limit * (100 if unit else 1):g}{unit})"

@@ -8,7 +8,7 @@ from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import base_of, tokenizer_of
 from puna.checkpoint.registry import find_model, open_model
 from puna.checkpoint.stored import Stored
-from puna.errors import CheckpointError
+from puna.errors import CheckpointError, UsageError
 from puna.eval.parity.budget import Budget, budget_for, logit_rows, perplexity_row
 from puna.eval.parity.material import PROMPTS, TEXT
 from puna.eval.parity.observe import Observed, apart, observe, same_answers
@@ -51,7 +51,10 @@ def verify(
 
     Raises:
         CheckpointError: one of the two cannot be read, or their ids mean nothing to one another.
+        UsageError: a budget that nothing can be within.
     """
+    if budget is not None and not budget >= 0:
+        raise UsageError(f"{budget:g} is no difference that is allowed", where="--budget", fix="--budget 0, or more")
     sides = (_open(a), _open(against))
     one, two = sides
     if vocabularies_apart(one.tokenizer, two.tokenizer):
@@ -74,7 +77,7 @@ def verify(
     found = apart(first, second)
     allowed = budget_for(storages, gap, dtype)
     if budget is not None:
-        allowed = Budget("as asked", logits=budget)
+        allowed = Budget("logits, as asked", logits=budget)
     rows += [*weights, *logit_rows(found, allowed, one.tokenizer.decode([found.where[2]], special=True))]
     bits, perplexities = (first.bits_per_byte, second.bits_per_byte), (first.perplexity, second.perplexity)
     rows += [perplexity_row(perplexities, bits, allowed), _answers_row(first, second, one, two, allowed)]

@@ -46,7 +46,8 @@ def compare_weights(a: Stored, b: Stored) -> Weights:
     told = [f"{mistake} ({count} tensors)" if count > 1 else mistake for mistake, count in mistakes.items()]
     quantized = {name for name in gaps if a.weights[name].quantized or b.weights[name].quantized}
     plain, packed = (_worst({n: gap for n, gap in gaps.items() if (n in quantized) == kind}) for kind in (False, True))
-    told += [f"{name} by {gap:.2g} of its length" for name, gap in (plain, packed) if gap]
+    furthest = [f"{name} by {gap:.2g} of its length" for name, gap in (plain, packed) if gap]
+    told += [f"furthest apart: {', '.join(furthest)}"] if furthest else []
     missing = _missing("A", a, b) + _missing("B", b, a)
     worst = float("inf") if missing or len(gaps) < len(both) else larger(plain[1], packed[1])
     return Weights(len(both), sum(gap == 0 for gap in gaps.values()), worst, plain[1], missing + told)
@@ -70,7 +71,7 @@ def merged_row(adapted: Transformer, weights: Mapping[str, Weight]) -> Row:
     if times is None:
         return Row("weights", None, "the adapter changes nothing")
     wrong = ": it was not merged" if abs(times) < 0.25 else ": it was merged twice" if abs(times - 2) < 0.25 else ""
-    return Row("weights", abs(times - 1) < 0.1, f"the adapter is in them {times:.2f} times{wrong}")
+    return Row("weights", abs(times - 1) < 0.1, f"the adapter is in them {times:.2f} times, expected 1{wrong}")
 
 
 def times_merged(adapted: Transformer, weights: Mapping[str, Weight]) -> float | None:

@@ -25,6 +25,8 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     Raises:
         DataError: a message without text, a role or a call that cannot be one, characters puna needs for itself.
     """
+    if isinstance(messages, str | Mapping):
+        raise DataError("one message, not a list of them", fix='[{"role": "user", "content": "Hello"}]')
     return [_message(message, f"message {number}") for number, message in enumerate(messages)]
 
 
