@@ -156,4 +156,4 @@ def _joined(name: str, shards: Shards, config: ModelConfig, by_rows: bool, repea
         whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis or 0)
         return to_halves(whole, config.head_dim) if is_rotated(name) else whole
 
-    return Weight(tuple(shape), parts[0].dtype, read)
+    return Weight(tuple(shape), parts[0].dtype, read, owned=len(parts) > 1 or is_rotated(name))
