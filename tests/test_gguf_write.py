@@ -123,6 +123,17 @@ def test_weights_that_cannot_be_stored_are_named(stored: Stored, tmp_path: Path)
             written(open_model(tmp_path / kind), tmp_path / "bad.gguf", kind)
 
 
+@pytest.mark.parametrize(("theta", "factor"), [(1e3, 16.0), (1e3, 3.0), (5e5, 16.0), (1e4, 8.0)])
+def test_every_scaling_that_is_written_is_read_back(
+    theta: float, factor: float, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """With theta 1e3 no wave is divided by all of a factor of 16: puna refused the file it had just written."""
+    scaling = RopeScaling(factor=factor)
+    config = ModelConfig(**{**SHAPE, "n_layers": 1, "rope_theta": theta, "rope_scaling": scaling})
+    file = written(saved(config, tokenizer_folder, tmp_path), tmp_path / "m.gguf", "Q8_0")
+    assert open_model(file).config == config
+
+
 @pytest.mark.parametrize(
     ("place", "name"),
     [

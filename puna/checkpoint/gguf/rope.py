@@ -18,6 +18,8 @@ TENSOR = "rope_freqs.weight"
 ORIGINAL_LENGTH = "llama.rope.scaling.original_context_length"
 LOW_FACTOR = "llama.rope.scaling.low_freq_factor"
 HIGH_FACTOR = "llama.rope.scaling.high_freq_factor"
+FACTOR = "puna.rope_scaling_factor"
+"""Ours: where theta is small no wave is long enough to be divided by all of the factor, so no divisor tells it."""
 _TOLERANCE = 1e-4
 """Relative: writers compute the blended ones in fp32 or fp64 and in different orders."""
 
@@ -35,6 +37,7 @@ def rope_divisors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarr
 def scaling_metadata(scaling: RopeScaling) -> dict[str, Any]:
     """The keys that let the scaling be read back whatever its lengths are; runtimes use the tensor."""
     return {
+        FACTOR: float(scaling.factor),
         ORIGINAL_LENGTH: scaling.original_max_seq_len,
         LOW_FACTOR: float(scaling.low_freq_factor),
         HIGH_FACTOR: float(scaling.high_freq_factor),
@@ -52,7 +55,8 @@ def rope_scaling(
     if divisors.shape == (head_dim // 2,) and np.isfinite(divisors).all():
         if np.allclose(divisors, 1, rtol=_TOLERANCE, atol=0):
             return None
-        factors = dict.fromkeys([8.0, 32.0, float(divisors.max())])  # the largest is it, if any wave is that long
+        # The largest divisor is it, if any wave is that long.
+        factors = dict.fromkeys([*_told(metadata, FACTOR), 8.0, 32.0, float(divisors.max())])
         for factor, *rest in product(factors, *(_candidates(metadata, key) for key in _USUAL)):
             scaling = _scaling(factor, *rest)
             if scaling and np.allclose(rope_divisors(scaling, head_dim, theta), divisors, rtol=_TOLERANCE, atol=0):
@@ -67,9 +71,12 @@ _USUAL = {LOW_FACTOR: 1.0, HIGH_FACTOR: 4.0, ORIGINAL_LENGTH: 8192}
 
 
 def _candidates(metadata: Mapping[str, Any], key: str) -> list[float]:
+    return [*_told(metadata, key), _USUAL[key]]
+
+
+def _told(metadata: Mapping[str, Any], key: str) -> list[float]:
     told = metadata.get(key)
-    usual = _USUAL[key]
-    return [told, usual] if isinstance(told, int | float) and 0 < told < 1 << 31 else [usual]
+    return [told] if isinstance(told, int | float) and 0 < told < 1 << 31 else []
 
 
 def _scaling(factor: float, low: float, high: float, length: float) -> RopeScaling | None:
