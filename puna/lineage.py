@@ -70,7 +70,11 @@ def parents_of(made_from: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def read_lineage(folder: Path) -> dict[str, Any]:
     """What a folder's puna.json says; nothing where there is none, or none that can be read."""
-    file = folder / LINEAGE
+    return read_lineage_file(folder / LINEAGE)
+
+
+def read_lineage_file(file: Path) -> dict[str, Any]:
+    """`read_lineage` of a file with another name."""
     try:
         return parse_lineage(file.read_bytes() if file.is_file() and file.stat().st_size <= _LARGEST else b"")
     except OSError:

@@ -12,9 +12,11 @@ from fuzz import damaged, ends_at_once, fuzz
 from test_model import BASE, build
 
 import puna
+from puna.checkpoint.convert import convert
 from puna.checkpoint.gguf.model import open_gguf_model
 from puna.checkpoint.gguf.write import write_gguf
 from puna.checkpoint.llama2c import open_llama2c, write_llama2c
+from puna.checkpoint.registry import open_model
 from puna.checkpoint.stored import Stored, Weight
 from puna.errors import CheckpointError, DataError, UsageError
 from puna.model.config import ModelConfig, RopeScaling
@@ -67,7 +69,7 @@ def test_every_version_comes_back(version: int, tied: bool, tmp_path: Path) -> N
     """Seven ints and weights in an order of their own: any two swapped still load."""
     stored = random_model(tie_embeddings=tied)
     done: list[str] = []
-    write_llama2c(stored, tmp_path / "m.bin", version, {}, done.append)
+    write_llama2c(stored, tmp_path / "m.bin", version, done.append)
     again = open_llama2c(tmp_path / "m.bin")
     assert again.config == stored.config
     assert sorted(done) == sorted(stored.weights)
@@ -83,10 +85,25 @@ def test_every_version_comes_back(version: int, tied: bool, tmp_path: Path) -> N
     assert (ours - theirs).abs().max() <= (0.2 if version == 2 else 1e-9)
 
 
+def test_what_was_converted_can_be_talked_with(stories: Path, tmp_path: Path) -> None:
+    """The export had no tokenizer, and puna asked for one that its source had; nor did it say where it came from."""
+    for name in ("a", "b"):  # the second finds a file of the first's name, with the same in it
+        convert(stories, tmp_path / f"{name}.bin")
+    (tmp_path / "tok512.bin").write_bytes(b"of another model")
+    again = open_model(tmp_path / "a.bin")
+    ours, theirs = (stored.read_tokenizer().encode("Once upon a time") for stored in (again, open_model(stories)))
+    assert ours == theirs
+    assert again.lineage["recipe"] == "convert"
+    assert again.lineage["parents"][0]["path"] == str(stories)
+    assert (tmp_path / "a.tokenizer.bin").read_bytes() == stories.with_name("tok512.bin").read_bytes()
+    with pytest.raises(UsageError, match="exists already"):
+        convert(stories, tmp_path / "a.bin")
+
+
 def test_layout_is_the_published_one(stories: Path, tmp_path: Path) -> None:
     """What we write of a real file is that file; versions 1 and 2 are read here by offsets written out by hand."""
     stored = open_llama2c(stories)
-    write_llama2c(stored, tmp_path / "0.bin", 0, {}, lambda name: None)
+    write_llama2c(stored, tmp_path / "0.bin", 0, lambda name: None)
     original, ours = stories.read_bytes(), (tmp_path / "0.bin").read_bytes()
     config = stored.config
     tables = 4 * config.max_seq_len * config.head_dim
@@ -97,7 +114,7 @@ def test_layout_is_the_published_one(stories: Path, tmp_path: Path) -> None:
         (1, 256 + 4 * (2 * layers * d + d + vocab * d + layers * (d * d + 2 * kv * d) + d * d)),
         (2, 256 + 4 * (2 * layers * d + d) + (vocab * d + layers * (d * d + 2 * kv * d) + d * d) // 4 * 8),
     ):
-        write_llama2c(stored, tmp_path / "n.bin", version, {}, lambda name: None)
+        write_llama2c(stored, tmp_path / "n.bin", version, lambda name: None)
         raw = (tmp_path / "n.bin").read_bytes()
         head = struct.unpack_from("<4si7iB", raw)
         assert head == (b"24ka", version, d, ffn, layers, 8, 4, vocab, config.max_seq_len, 1)
@@ -119,9 +136,9 @@ def test_what_llama2c_does_not_compute_is_refused(tmp_path: Path) -> None:
     for key, value in odd.items():
         stored = random_model(**{key: value})
         with pytest.raises(UsageError, match=key):
-            write_llama2c(stored, tmp_path / "m.bin", 0, {}, lambda name: None)
+            write_llama2c(stored, tmp_path / "m.bin", 0, lambda name: None)
     with pytest.raises(UsageError, match="versions"):
-        write_llama2c(random_model(), tmp_path / "m", 3, {}, print)
+        write_llama2c(random_model(), tmp_path / "m", 3, print)
 
 
 def test_a_missing_tokenizer_says_where_it_belongs(stories: Path, tmp_path: Path) -> None:
@@ -180,7 +197,7 @@ def test_hostile_files_end_at_once(case: str, tmp_path: Path) -> None:
 def test_a_scale_that_is_not_finite_is_named(tmp_path: Path) -> None:
     """It would make every logit NaN, far from its cause."""
     stored = random_model()
-    write_llama2c(stored, tmp_path / "m.bin", 2, {}, lambda name: None)
+    write_llama2c(stored, tmp_path / "m.bin", 2, lambda name: None)
     raw = bytearray((tmp_path / "m.bin").read_bytes())
     raw[-4:] = struct.pack("<f", float("inf"))
     (tmp_path / "m.bin").write_bytes(raw)
@@ -193,7 +210,7 @@ def test_mutated_files_raise_nothing_else(version: int, tmp_path: Path) -> None:
     """Any bytes may be wrong: the error is ours, or the file still makes sense. PUNA_TEST_FUZZ=60 searches longer."""
     small = {"dim": 8, "n_heads": 2, "n_kv_heads": 1, "head_dim": 4, "ffn_dim": 8, "vocab_size": 5, "max_seq_len": 4}
     stored = random_model(**small)
-    write_llama2c(stored, tmp_path / "m.bin", version, {}, lambda name: None)
+    write_llama2c(stored, tmp_path / "m.bin", version, lambda name: None)
     raw, path = (tmp_path / "m.bin").read_bytes(), tmp_path / "damaged.bin"
 
     def check(content: bytes) -> None:

@@ -11,7 +11,7 @@ from puna.checkpoint.gguf.blocks import LAYOUTS
 from puna.checkpoint.gguf.model import gguf_name
 from puna.checkpoint.gguf.types import file_type, storage
 from puna.checkpoint.gguf.write import write_gguf
-from puna.checkpoint.llama2c import group, write_llama2c
+from puna.checkpoint.llama2c import group, write_beside, write_llama2c
 from puna.checkpoint.meta.write import check_shards, write_meta
 from puna.checkpoint.model_directory import write_model_directory
 from puna.checkpoint.names import DTYPES
@@ -34,7 +34,7 @@ def convert(
     """Write the model `source`, of any format, as `target`: whole, or not at all. Returns `target`.
 
     Args:
-        to: hf, meta, gguf or llama2.c; guessed where `target` is called *.gguf.
+        to: hf, meta, gguf or llama2.c; guessed where `target` is called *.gguf or *.bin.
         dtype: fp32, bf16, fp16 or fp64, of hf and meta; default: as stored, or bf16 for a quantized model.
         kind: of gguf: F32, F16, BF16, Q8_0, Q4_0 or Q4_K_M, default F16; of llama2.c: v0, v1 or v2, default v0, the
             one that run.c reads.
@@ -68,19 +68,21 @@ def convert(
         elif format == "gguf":
             write_gguf(stored, place, kind, made_from, progress)
         else:
-            write_llama2c(stored, place, int(kind[1:]), made_from, progress)
+            write_llama2c(stored, place, int(kind[1:]), progress)
+            write_beside(stored, target, made_from)
     return target
 
 
 def _format(to: str | None, target: Path) -> Format:
-    if to is None and target.suffix == ".gguf":
-        return "gguf"
+    named: dict[str, Format] = {".gguf": "gguf", ".bin": "llama2.c"}
+    meant = named.get(target.suffix)  # files are told apart by their names
+    if to is None and meant:
+        return meant
     known = get_args(Format)
     if to is None:
         raise UsageError("which format?", where=target, fix=" or ".join(f"--to {name}" for name in known))
     if to not in known:
         raise UsageError(f"no format `{to}`{nearest(to, list(known))}", where="--to", fix=", ".join(known))
-    meant = {".gguf": "gguf", ".bin": "llama2.c"}.get(target.suffix)  # by their names files are told apart
     if (meant and meant != to) or (to == "llama2.c" and meant is None):
         fix = f"--to {meant}, or another name" if meant else f"{target.name}.bin"
         raise UsageError(f"{target.name} is no name for {to}: it could not be opened again", where=target, fix=fix)

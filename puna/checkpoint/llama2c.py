@@ -21,8 +21,11 @@ from puna.checkpoint.mapped import mapped
 from puna.checkpoint.rope_layout import is_rotated, to_halves, to_neighbours
 from puna.checkpoint.stored import Stored, Weight
 from puna.errors import CheckpointError, DataError, UsageError
+from puna.files import atomic_file, write_json
+from puna.lineage import read_lineage_file
+from puna.log import log
 from puna.model.config import ModelConfig
-from puna.tokenizer.formats import tokenizer_from
+from puna.tokenizer.formats import llama2c_vocab, tokenizer_from
 from puna.tokenizer.tokenizer import Tokenizer
 
 VERSIONS = (0, 1, 2)
@@ -31,6 +34,7 @@ _HEADER = {0: 28, 1: 256, 2: 256}
 _THETA, _EPS = 10000.0, 1e-5
 _MAX_LAYERS = 1 << 11
 _FP32 = 0
+_TOKENIZER, _LINEAGE = ".tokenizer.bin", ".puna.json"
 _CHUNK = 1 << 20  # weights rounded at once: 4 MB beside a tensor
 
 
@@ -61,7 +65,7 @@ class _Place(NamedTuple):
 def open_llama2c(path: Path) -> Stored:
     """A .bin of version 0, 1 or 2; int8 matrices are dequantized to fp32 when they are read.
 
-    The tokenizer is a file beside it: tok<vocabulary>.bin, tokenizer.bin, or the only tok*.bin.
+    The tokenizer is a file beside it: NAME.tokenizer.bin, tok<vocabulary>.bin, tokenizer.bin, or the only tok*.bin.
 
     Raises:
         CheckpointError: a header that does not describe the file.
@@ -75,13 +79,12 @@ def open_llama2c(path: Path) -> Stored:
     weights = {p.name: _weight(data, p, head.config.head_dim, path) for p in places if p.name}
     storage = {0: "F32 (llama2.c v0)", 1: "F32 (llama2.c v1)", 2: f"int8 by {head.group} (llama2.c v2)"}[head.version]
     read_tokenizer = partial(_tokenizer_beside, path, head.config.vocab_size)
-    return Stored(path, "llama2.c", head.config, weights, storage, [path], read_tokenizer)
+    made_from = read_lineage_file(path.with_suffix(_LINEAGE))
+    return Stored(path, "llama2.c", head.config, weights, storage, [path], read_tokenizer, lineage=made_from)
 
 
-def write_llama2c(
-    stored: Stored, file: Path, version: int, lineage: Mapping[str, Any], progress: Callable[[str], None]
-) -> None:
-    """Write `stored` as a .bin; the tokenizer and `lineage` have no place inside.
+def write_llama2c(stored: Stored, file: Path, version: int, progress: Callable[[str], None]) -> None:
+    """Write `stored` as a .bin, which has no place for what `write_beside` writes.
 
     Raises:
         UsageError: no such version, or a model that llama2.c does not compute.
@@ -98,6 +101,23 @@ def write_llama2c(
                 continue
             _write_weight(out, stored.weights[place.name].read(), place, head.config.head_dim)
             progress(place.name)
+
+
+def write_beside(stored: Stored, file: Path, lineage: Mapping[str, Any]) -> None:
+    """The tokenizer (llama2.c's own format) and the lineage of `file`, as files that have its name.
+
+    Raises:
+        UsageError: another model's tokenizer has that name already.
+    """
+    try:
+        vocabulary, target = llama2c_vocab(stored.read_tokenizer()), file.with_suffix(_TOKENIZER)
+    except DataError as error:
+        log.warning("no tokenizer beside %s: %s", file.name, error.what)
+    else:
+        if not target.exists() or target.read_bytes() != vocabulary:
+            with atomic_file(target) as place:
+                place.write_bytes(vocabulary)
+    write_json(file.with_suffix(_LINEAGE), dict(lineage))
 
 
 def _read_head(data: mmap, path: Path) -> _Head:
@@ -239,7 +259,8 @@ def _refuse_what_llama2c_does_not_compute(stored: Stored, version: int) -> None:
 
 
 def _tokenizer_beside(path: Path, vocab_size: int) -> Tokenizer:
-    exact = [path.with_name(f"tok{vocab_size}.bin"), path.with_name("tokenizer.bin")]
+    names = (path.with_suffix(_TOKENIZER).name, f"tok{vocab_size}.bin", "tokenizer.bin")
+    exact = [path.with_name(name) for name in names]
     found = [p for p in exact if p.is_file()] or [p for p in path.parent.glob("tok*.bin") if p != path]
     if len(found) == 1 or (found and found[0] in exact):
         return tokenizer_from(found[0])

@@ -36,7 +36,8 @@ def chat(
     llama = load(model, dtype=dtype)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    _ = llama.template  # a model without one is told before anyone types
+    # a template that is missing, or has no place for tools, is told before anyone types
+    llama.template.prompt([*messages, {"role": "user", "content": "?"}], offered)
     log.info("%s", _HELP)
     while (text := _read()) is not None:
         word, _, rest = text.partition(" ")
