@@ -132,7 +132,10 @@ def test_no_rank_outlives_who_started_it(tmp_path: Path) -> None:
     started = {}
     for number in (signal.SIGHUP, signal.SIGKILL):
         (folder := tmp_path / number.name).mkdir()
-        program = "import sys; from puna.dist.launch import launch; sys.exit(launch(2, sys.argv[1:]))"
+        program = (
+            "import signal, sys; from puna.dist.launch import launch; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+            "sys.exit(launch(2, sys.argv[1:]))"  # the tests themselves may run under nohup
+        )
         words = [sys.executable, "-c", program, sys.executable, SCRIPT, "wait", str(folder)]
         started[number] = subprocess.Popen(words, start_new_session=True)
     for number, process in started.items():

@@ -293,6 +293,7 @@ def test_the_same_tensor_twice_is_refused(folder: Path) -> None:
     refuse(folder, "with and without")
     for part in ("a", "b"):
         save_file(tensors, folder / f"{part}.safetensors")
+    (folder / "model.safetensors").unlink()
     places = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(places))
     refuse(folder, "in another file too")
