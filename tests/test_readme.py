@@ -47,7 +47,7 @@ RUN: dict[str, list[str]] = {
     "puna inspect my-model": [],
     "puna convert my-model my-model.gguf --kind Q8_0": ["--kind", "F16"],  # rows of 16 have no blocks of 32
     "puna convert my-model.gguf back --to hf": [],
-    "puna convert back for-meta --to meta --shards 2": ["--shards", "1"],
+    "puna convert back for-meta --to meta --shards 3": ["--shards", "1"],
     "puna verify my-model --against my-model.gguf": ["--max-tokens", "2"],
     'puna tokenizer encode for-meta/tokenizer.model "Hello world"': [],
     "puna chat my-model --tools tools.json": ["--max-tokens", "2"],

@@ -17,5 +17,7 @@ def mapped(path: Path) -> mmap:
             return mmap(file.fileno(), 0, access=ACCESS_READ)
     except FileNotFoundError:
         raise CheckpointError("no such file", where=path) from None
-    except (OSError, ValueError) as error:
+    except ValueError:  # what mmap says of no bytes
+        raise CheckpointError("an empty file", where=path, cause="an incomplete copy or download") from None
+    except OSError as error:
         raise CheckpointError(f"cannot be read: {error}", where=path) from None
