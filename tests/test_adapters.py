@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_lora import GQA, rows
+from test_lora import GQA, train_beside_peft
 from test_model import build, reference
 from torch import Tensor
 
@@ -18,15 +18,10 @@ from puna.checkpoint.adapter import load_adapter, save_adapter
 from puna.checkpoint.inspect import inspect
 from puna.checkpoint.rope_layout import to_neighbours
 from puna.checkpoint.torchtune import from_torchtune, to_torchtune
-from puna.data.packing import PackedLoader
 from puna.errors import CheckpointError, UsageError
 from puna.lora import LoraConfig, add_lora, lora_layers, lora_parameters, merge_lora
 from puna.model.transformer import Transformer
-from puna.ops.cross_entropy import IGNORE
 from puna.tokenizer.tokenizer import Tokenizer
-from puna.train.fit import build_optimizer, train_step
-from puna.train.objectives import next_token
-from puna.train.optim import OptimizerConfig
 
 TOKENS = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(1))
 KINDS: dict[str, dict[str, Any]] = {
@@ -97,31 +92,7 @@ def test_every_kind_travels_both_ways(kind: str, exact_norm: None, tokenizer_fol
 def test_training_steps_equal_pefts(kind: str, exact_norm: None) -> None:
     """A norm that is not detached, or a magnitude that is not trained, is another algorithm with a falling loss."""
     config = config_of(kind)
-    model, theirs = adapted(config), pefts(config)
-    named = {n.replace(".default", "").removeprefix("base_model.model.model."): p for n, p in theirs.named_parameters()}
-    named = {n.replace("magnitude_vector.weight", "magnitude_vector"): p for n, p in named.items()}
-    ours = lora_parameters(model)
-    assert set(ours) == {n for n in named if ".lora_" in n}
-    with torch.no_grad():
-        for name, parameter in ours.items():
-            named[name].copy_(parameter)
-    settings = OptimizerConfig(lr=1e-2, weight_decay=0.0)
-    optimizer = build_optimizer(model, settings)
-    their_optimizer = torch.optim.AdamW(
-        [p for p in theirs.parameters() if p.requires_grad], lr=1e-2, betas=settings.betas, weight_decay=0
-    )
-    loader = PackedLoader(rows(), 16, 2, pad_id=0, seed=0)
-    for _ in range(5):
-        batch = loader.batch([[i] for i in range(4)])
-        row = train_step(model, optimizer, [batch], next_token, 1e-2, 0, lambda loss, norm: True)
-        logits = theirs(batch.tokens).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE)
-        loss.backward()
-        their_optimizer.step()
-        their_optimizer.zero_grad()
-        assert row["loss"] == pytest.approx(loss.item(), abs=1e-9)
-    for name, parameter in ours.items():
-        assert (named[name] - parameter).abs().max() < 1e-9, name
+    train_beside_peft(adapted(config), pefts(config), 5)
 
 
 def test_dropout_under_dora_is_pefts(exact_norm: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,8 @@ class Stored:
         """
         self.check()
         model = build_model(self.config, dtype)
-        tensors = {name: self._tensor(name, dtype, device) for name in expected_shapes(self.config)}
+        names = [name for name, _ in model.named_parameters()]  # a tied head has no name of its own
+        tensors = {name: self._tensor(name, dtype, device) for name in names}
         model.load_state_dict(tensors, strict=False, assign=True)  # not strict: a tied head is stored once
         if self.config.tie_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
