@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puna.model.cache import KVCache
+from puna.model.cache import Cache
 from puna.model.config import ModelConfig
 from puna.ops.attention import Mask, attention
 from puna.ops.norm import RMSNorm
@@ -84,14 +84,11 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(
-        self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, layer: int, positions: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Mask, cache: Cache | None, layer: int, positions: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         q, k, v = self.before(x, rope)
-        if cache is not None:
-            k, v = cache.update(layer, k, v, positions)  # (B, K, S, D)
-        return self.after(x, attention(q, k, v, mask))
+        heads = attention(q, k, v, mask) if cache is None else cache.attend(layer, q, k, v, positions, mask)
+        return self.after(x, heads)
 
     def before(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """What attention takes: (B, T, dim) -> (B, H, T, D), (B, K, T, D), (B, K, T, D)."""
@@ -129,7 +126,7 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         mask: Mask = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         head: bool = True,
     ) -> Tensor:
         """Next-token logits.
