@@ -150,6 +150,15 @@ def _padded(rows: list[Any]) -> tuple[Any, Any, Any]:
     return tokens, labels, mask
 
 
+def _flops(folder: Path, length: int) -> float:
+    """Of a token: frozen weights have no gradient of their own, so 4 for each instead of 6; adapters are left out."""
+    from puna.checkpoint.registry import open_model
+    from puna.model.config import count_parameters
+
+    config = open_model(folder).config  # tied: the embedding is the head's matrix
+    return 4 * count_parameters(config) + 6 * config.n_layers * config.n_heads * config.head_dim * length
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4)
@@ -173,7 +182,8 @@ def main() -> None:
             return
         ours = partial(puna_side, given.batch // given.accumulate, given.length, given.accumulate, given.compile)
         sides = {"puna": ours, "PEFT + transformers": theirs}
-        compare(sides, given.batch * given.length, given.rounds, reference=partial(theirs, dtype="float32"))
+        reference = partial(theirs, dtype="float32")
+        compare(sides, given.batch * given.length, given.rounds, reference=reference, flops=_flops(path, given.length))
 
 
 if __name__ == "__main__":

@@ -179,7 +179,9 @@ def main() -> None:
         sides = {"puna": partial(puna_side, folder, size, given.compile)}
         sides |= {name: partial(side, folder, size) for name, side in peers.items() if importlib.util.find_spec(name)}
         reference = partial(transformers_side, folder, size, dtype="float32")
-        compare(sides, given.batch * given.length, given.rounds, reference=reference)
+        matrices = LAYERS * (4 * DIM * DIM + 3 * DIM * FFN) + DIM * given.vocab
+        flops = 6 * matrices + 6 * LAYERS * DIM * given.length  # forward 2, backward 4; attention is causal
+        compare(sides, given.batch * given.length, given.rounds, reference=reference, flops=flops)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,9 @@ class Work(NamedTuple):
 
 
 Side = Callable[[], Work]
+_SIDE, _REPEATS = 2048, 10
+_PRODUCTS = 2.0 * _SIDE**3 * _REPEATS
+"""FLOPs of a step of `_products`."""
 
 
 def compare(
@@ -39,6 +42,7 @@ def compare(
     loss_within: float = 1e-2,
     reference: Side | None = None,
     device: str = "cpu",
+    flops: float | None = None,
 ) -> dict[str, float]:
     """Print a row for each side and its ratio to the best of the peers (all but the first); units/s of each.
 
@@ -46,6 +50,7 @@ def compare(
         units: what one step processes.
         loss_within: how far the losses of the first step may lie apart before the work is not the same.
         device: whose memory is meant: the process's on a CPU, the allocator's on a CUDA device.
+        flops: of the matrix products that a unit needs; the bound that they set on this machine is then measured.
         reference: the same work in fp32; the first side's gradients have to be about as close to it as a peer's.
     """
     workers = {name: _Worker(side) for name, side in sides.items()}
@@ -56,9 +61,13 @@ def compare(
     if max(losses) - min(losses) > loss_within:
         raise SystemExit(f"not the same work: losses {dict(zip(first, losses, strict=True))}")
     times: dict[str, list[float]] = {name: [] for name in sides}
+    products = _Worker(_products) if flops else None
+    product_times = []
     for _ in range(rounds):
         for name, worker in workers.items():
             times[name].append(worker.step()[0])
+        if products is not None:
+            product_times.append(products.step()[0])
     ours, *peers = sides
     best = min(peers, key=lambda name: statistics.median(times[name])) if peers else ours
     speeds = {}
@@ -70,9 +79,29 @@ def compare(
         speeds[name] = speed
         print(f"{name:24} {speed:10.1f} {statistics.median(ratios):7.2f} {peak:8.2f} {began:13.1f} {loss:9.4f}")
     print(f"ratio: to {best}, median of {rounds} turns; {os.cpu_count()} cores")
+    if products is not None and flops:
+        rate = _PRODUCTS / statistics.median(product_times)
+        bound = rate / flops
+        shares = ", ".join(f"{name} reaches {speed / bound:.0%}" for name, speed in speeds.items())
+        print(f"matrix products in bf16: {rate / 1e9:.0f} GFLOP/s here, so at most {bound:.1f} {unit}/s; {shares}")
+        products.end()
     for worker in workers.values():
         worker.end()
     return speeds
+
+
+def _products() -> Work:
+    """Large products in bf16: no training step of the same arithmetic is faster."""
+    import torch
+
+    x, y = torch.randn(2, _SIDE, _SIDE).bfloat16().unbind()
+
+    def step() -> float:
+        for _ in range(_REPEATS):
+            x @ y
+        return 0.0
+
+    return Work(step)
 
 
 def _check_gradients(workers: dict[str, "_Worker"], reference: Side) -> None:
