@@ -99,9 +99,7 @@ def _load(model: str, dtype: str, template: str | None) -> Any:
     if source is None:
         return llama
     if told := lacking(source, llama.tokenizer):
-        raise UsageError(
-            told, where=f"--template {template}", fix=f"--template {', '.join(fitting(llama.tokenizer))}"
-        )
+        raise UsageError(told, where=f"--template {template}", fix=f"--template {', '.join(fitting(llama.tokenizer))}")
     return replace(llama, tokenizer=llama.tokenizer.with_template(source))
 
 
