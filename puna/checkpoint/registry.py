@@ -17,6 +17,17 @@ from puna.files import as_path
 from puna.tokenizer.formats import is_tokenizer, tokenizer_from
 from puna.tokenizer.tokenizer import Tokenizer
 
+_READ = (
+    "puna reads a folder of a model (also Meta's), an adapter or a run, a .gguf, a llama2.c .bin, a registered name or "
+    "org/name of the hub"
+)
+_LISTS = "puna runs ls, or puna ls models"
+_PACKED = {
+    ".gz": "gunzip", ".xz": "unxz", ".bz2": "bunzip2", ".zst": "unzstd", ".zip": "unzip", ".tar": "tar xf",
+    ".tgz": "tar xf",
+}  # fmt: skip
+_PARTS = (".safetensors", ".pth", ".pt", ".json")
+
 
 def find_model(name: str | Path) -> Path:
     """A model directory, a .gguf file or llama2.c's .bin for a path, a run folder, a registered name, or
@@ -40,12 +51,32 @@ def find_model(name: str | Path) -> Path:
         return steps[-1]
     if (hub := hub_name(str(name))) and not path.exists():
         return _cached(hub)
+    if path.exists():
+        what, fix = _instead(path)
+        raise CheckpointError(what, where=path, cause=_READ, fix=fix)
     near = nearest(str(name), list(REGISTERED)) or nearest_path(path)
-    raise CheckpointError(
-        "no model here" if path.exists() else f"no such model{near}", where=path,
-        cause="puna reads a model directory, a run folder, a .gguf file, a registered name or org/name of the hub",
-        fix="puna runs ls, or puna ls models",
-    )  # fmt: skip
+    raise CheckpointError(f"no such model{near}", where=path, cause=_READ, fix=_LISTS)
+
+
+def locate(name: str) -> Path | None:
+    """Where a registered name or `org/name[@rev]` lies, if it is on this disk; nothing is fetched."""
+    if name in REGISTERED:
+        package, file = REGISTERED[name]
+        folder = package.find()
+        return folder and folder / file
+    hub = hub_name(name)
+    return find_cached(hub) if hub else None
+
+
+def _instead(path: Path) -> tuple[str, str]:
+    """What lies at `path`, which is no model, and what to type instead."""
+    if program := _PACKED.get(path.suffix):
+        return "a packed file", f"{program} {path}, then what was inside"
+    if path.is_file() and path.suffix in _PARTS:
+        return "a part of a model, not a whole one", f"the folder it is in: {path.parent}"
+    if is_tokenizer(path):
+        return "a tokenizer, not a model", f"puna tokenizer encode {path} TEXT, or puna inspect {path}"
+    return "no model here", _LISTS
 
 
 def _cached(name: HubName) -> Path:
