@@ -67,6 +67,7 @@ def merge(
 ) -> None:
     """Add an adapter into its base model and write a model directory."""
     from puna.checkpoint.adapter import base_of
+    from puna.checkpoint.model_directory import check_folder_name
     from puna.checkpoint.names import DTYPES
     from puna.checkpoint.registry import find_model
     from puna.files import as_path
@@ -77,6 +78,7 @@ def merge(
     target = as_path(target)
     if save_dtype not in DTYPES:
         raise UsageError(f"`{save_dtype}` is not a dtype", fix=", ".join(DTYPES))
+    check_folder_name(target)
     llama = load(adapter, dtype="fp32", device="cpu")
     if not lora_parameters(llama.model):
         raise UsageError("this is no adapter: there is nothing to merge", where=adapter, fix="use it as it is")
