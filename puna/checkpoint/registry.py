@@ -1,5 +1,6 @@
 """From what a user calls a model to where it lies."""
 
+import zipfile
 from pathlib import Path
 
 from puna.checkpoint.gguf.file import is_gguf, open_gguf
@@ -9,10 +10,11 @@ from puna.checkpoint.llama2c import open_llama2c
 from puna.checkpoint.meta.model import PARAMS, open_meta
 from puna.checkpoint.model_directory import checkpoints, open_model_directory
 from puna.checkpoint.registered import REGISTERED
+from puna.checkpoint.safetensors_file import read_header
 from puna.checkpoint.stored import Stored
 from puna.checkpoint.torch_file import open_torch_file
 from puna.config import nearest, nearest_path
-from puna.errors import CheckpointError
+from puna.errors import CheckpointError, UsageError
 from puna.files import as_path
 from puna.tokenizer.formats import is_tokenizer, tokenizer_from
 from puna.tokenizer.tokenizer import Tokenizer
@@ -106,6 +108,36 @@ def open_model(name: str | Path) -> Stored:
     if not (found / "config.json").exists():
         return open_meta(found)
     return open_model_directory(found, open_torch_file, tokenizer_from)
+
+
+def find_written(name: str | Path) -> Path:
+    """Anything that lies at a path, or else what `find_model` finds.
+
+    Raises:
+        CheckpointError: nothing there.
+    """
+    path = as_path(name)
+    if not path.exists() and not (path := find_model(name)).exists():
+        raise CheckpointError("no such file or folder", where=path, fix="puna runs ls")
+    return path
+
+
+def open_file(path: Path) -> object:
+    """One file of weights, by its header: every tensor lies within the file.
+
+    Raises:
+        CheckpointError: its header does not describe it. UsageError: nothing is known of such a file.
+    """
+    if is_gguf(path) or path.suffix == ".gguf":
+        return open_gguf(path)
+    if path.suffix == ".safetensors":
+        return read_header(path)
+    if path.suffix in (".pth", ".pt") or zipfile.is_zipfile(path):
+        return open_torch_file(path)
+    if path.suffix == ".bin" and not is_tokenizer(path):
+        return open_llama2c(path)
+    fix = "the folder it is in, or puna verify A --against B of two models"
+    raise UsageError("nothing to compare this file with: it holds no hashes", where=path, fix=fix)
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
