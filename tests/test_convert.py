@@ -16,9 +16,13 @@ from test_meta import GENERATIONS, publish, random_state
 from test_model import build
 
 from puna.checkpoint import convert as module
+from puna.checkpoint import stored as stored_module
 from puna.checkpoint.convert import convert
+from puna.checkpoint.gguf import file as gguf_file
+from puna.checkpoint.gguf.file import Gguf
 from puna.checkpoint.inspect import inspect
 from puna.checkpoint.model_directory import write_model_directory
+from puna.checkpoint.names import DTYPES
 from puna.checkpoint.registry import load_tokenizer, open_model
 from puna.errors import CheckpointError, DataError, NumericError, PunaError, ResourceError, UsageError
 from puna.infer.llama import Llama, load
@@ -249,6 +253,27 @@ def test_owned_weights_belong_to_one_reader(
             (mine := weight.read()).zero_()
             assert torch.equal(weight.read(), before)
             assert mine.data_ptr() != before.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_quantized_matrix_is_never_held_whole(
+    dtype: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 of the largest matrix and its copy in bf16 took three times what was written; the parts are the whole."""
+    source = open_model(convert(model, tmp_path / "m.gguf", kind="Q8_0"))
+    wanted = {name: weight.read() for name, weight in source.weights.items()}
+    for place in (gguf_file, stored_module):
+        monkeypatch.setattr(place, "_PART", 4096)
+    assert len(list(source.weights["embed_tokens.weight"].parts())) > 3
+    whole = Gguf.read
+
+    def read(self: Gguf, name: str) -> Any:
+        assert "embd" not in name, "held whole"
+        return whole(self, name)
+
+    monkeypatch.setattr(Gguf, "read", read)
+    written = open_model(convert(tmp_path / "m.gguf", tmp_path / "out", "hf", dtype=dtype)).weights
+    assert all(torch.equal(written[n].read(), tensor.to(DTYPES[dtype])) for n, tensor in wanted.items())
 
 
 def test_a_folder_is_not_called_like_a_file(model: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The model directory: Hugging Face's layout plus lineage, opened by transformers, vLLM and llama.cpp as it is."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,13 +151,17 @@ def _tied(embedding: Weight, head: Weight, folder: Path) -> Weight:
             )  # fmt: skip
         return matrix
 
-    return embedding._replace(read=read)
+    return embedding._replace(read=read, read_parts=None)
 
 
 def _cast(weight: Weight, dtype: torch.dtype | None, name: str) -> Weight:
     if dtype in (None, weight.dtype):
         return weight
-    return Weight(weight.shape, dtype, lambda: cast(weight.read(), dtype, name))
+
+    def parts() -> Iterator[Tensor]:
+        return (cast(part, dtype, name) for part in weight.parts())
+
+    return Weight(weight.shape, dtype, lambda: torch.cat(list(parts())), read_parts=parts)
 
 
 def _write_beside(
