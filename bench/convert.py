@@ -1,4 +1,4 @@
-"""Converts a synthetic 4 GB: Meta -> Hugging Face -> GGUF, beside torch.load + save_file and a plain copy.
+"""Converts a synthetic 4 GB: Meta -> Hugging Face -> GGUF -> Hugging Face, beside torch.load + save_file and a copy.
 
 python bench/convert.py [--gb 4] [--folder FOLDER]     (needs about 3x the size in FOLDER)
 Peak memory: the most of RssAnon + RssShmem that /proc tells of the process, sampled each 5 ms, less what it holds
@@ -79,10 +79,10 @@ def make(folder: Path, layers: int) -> None:
         (folder / name).write_bytes(content)
 
 
-def ours(source: Path, target: Path, to: str) -> None:
+def ours(source: Path, target: Path, to: str, **options: Any) -> None:
     from puna.checkpoint.convert import convert
 
-    convert(source, target, to)
+    convert(source, target, to, **options)
 
 
 def copied(source: Path, target: Path) -> None:
@@ -158,15 +158,17 @@ def main() -> None:
         measure("puna: Meta -> HF", partial(ours, folder / "meta", folder / "hf", "hf"), size)
         measure("puna: HF -> GGUF F16", partial(ours, folder / "hf", folder / "m.gguf", "gguf"), size)
         (folder / "m.gguf").unlink()
-        measure("puna: HF -> Meta, 4 shards", partial(convert_sharded, folder / "hf", folder / "four"), size)
+        measure("puna: HF -> GGUF Q8_0", partial(ours, folder / "hf", folder / "q.gguf", "gguf", kind="Q8_0"), size)
+        measure("puna: GGUF Q8_0 -> HF, bf16", partial(ours, folder / "q.gguf", folder / "q16", "hf"), size)
+        shutil.rmtree(folder / "q16")
+        measure(
+            "puna: GGUF Q8_0 -> HF, fp32", partial(ours, folder / "q.gguf", folder / "q32", "hf", dtype="fp32"), size
+        )
+        shutil.rmtree(folder / "q32")
+        (folder / "q.gguf").unlink()
+        measure("puna: HF -> Meta, 4 shards", partial(ours, folder / "hf", folder / "four", "meta", shards=4), size)
     finally:
         shutil.rmtree(folder)
-
-
-def convert_sharded(source: Path, target: Path) -> None:
-    from puna.checkpoint.convert import convert
-
-    convert(source, target, "meta", shards=4)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def make_folder(folder: Path) -> None:
         if error.errno in DISK_FULL:
             raise
         raise UsageError(
-            f"cannot be a folder: {error.strerror}", where=folder, fix="choose another output=..."
+            f"cannot be a folder: {error.strerror}", where=folder, fix="another place to write to"
         ) from None
 
 

@@ -3,6 +3,7 @@
 Some hundred of the latter by default, for PUNA_TEST_FUZZ seconds if that is set.
 """
 
+import ctypes
 import os
 import re
 import struct
@@ -36,6 +37,26 @@ def ends_at_once(opened: Callable[[Path], Any], path: Path, content: bytes, mib:
         assert tracemalloc.get_traced_memory()[1] < mib << 20
     finally:
         tracemalloc.stop()
+
+
+def resident_mib(action: Callable[[], Any]) -> float:
+    """What `action` held at most beyond what the process held before: also of engines that Python cannot count.
+
+    Linux tells it; elsewhere it is not measured, and 0.
+    """
+    books = Path("/proc/self/status")
+    if not books.exists():
+        return 0.0
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that is kept would hide as much of what comes
+    before = _books(books, "VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    action()
+    return _books(books, "VmHWM") - before
+
+
+def _books(books: Path, field: str) -> float:
+    line = next(line for line in books.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) / 1024
 
 
 def damaged(raw: bytes, header: int) -> st.SearchStrategy[bytes]:

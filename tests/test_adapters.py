@@ -17,7 +17,7 @@ from torch import Tensor
 from puna.checkpoint.adapter import load_adapter, save_adapter
 from puna.checkpoint.inspect import inspect
 from puna.checkpoint.rope_layout import to_neighbours
-from puna.checkpoint.torchtune import from_torchtune, to_torchtune
+from puna.checkpoint.torchtune import from_torchtune
 from puna.errors import CheckpointError, UsageError
 from puna.lora import LoraConfig, add_lora, lora_layers, lora_parameters, merge_lora
 from puna.model.transformer import Transformer
@@ -179,6 +179,24 @@ def neighbours_logits(model: Transformer, tokens: Tensor) -> Tensor:
         place.apply_rope = kept
 
 
+THEIRS = {
+    "self_attn.o_proj": "attn.output_proj", "self_attn.": "attn.", "mlp.gate_proj": "mlp.w1", "mlp.down_proj": "mlp.w2",
+    "mlp.up_proj": "mlp.w3", "lm_head": "output", "lora_A": "lora_a", "lora_B": "lora_b",
+    "lora_magnitude_vector": "magnitude",
+}  # fmt: skip
+
+
+def as_torchtune_saves(tensors: dict[str, Tensor], head_dim: int) -> dict[str, Tensor]:
+    """Its names, and rows of query and key in Meta's order."""
+    saved = {}
+    for name, tensor in tensors.items():
+        turned = re.search("[qk]_proj.lora_(B|magnitude)", name)
+        for ours, theirs in THEIRS.items():
+            name = name.replace(ours, theirs)
+        saved[name] = to_neighbours(tensor, head_dim) if turned else tensor
+    return saved
+
+
 @pytest.mark.parametrize("kind", ["rslora", "dora"])
 def test_torchtunes_adapters_keep_their_logits(kind: str, tokenizer_folder: Path, tmp_path: Path) -> None:
     """An adapter in Meta's row order on a base in Meta's row order says what ours says on ours, magnitude and all."""
@@ -186,7 +204,7 @@ def test_torchtunes_adapters_keep_their_logits(kind: str, tokenizer_folder: Path
     model = adapted(config).eval()
     expected = model(TOKENS)
     ours = {n: p.detach().clone() for n, p in lora_parameters(model).items()}
-    theirs = to_torchtune(ours, GQA.head_dim)
+    theirs = as_torchtune_saves(ours, GQA.head_dim)
     assert "layers.1.attn.q_proj.lora_a.weight" in theirs
     assert "layers.1.mlp.w2.lora_b.weight" in theirs
     assert all(torch.equal(ours[n], t) for n, t in from_torchtune(theirs, GQA.head_dim).items())

@@ -14,7 +14,7 @@ from puna.errors import DataError, UsageError
 from puna.eval.doctor.data_checks import stretches_of
 from puna.ops.cross_entropy import IGNORE
 from puna.tokenizer.bpe import save_bpe
-from puna.tokenizer.chat.format import ChatFormat, bundled
+from puna.tokenizer.chat.format import BUNDLED, ChatFormat, bundled, fitting, read_template
 from puna.tokenizer.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -204,6 +204,21 @@ def test_templates_are_confined(tokenizers_by_template: dict[str, Tokenizer]) ->
         ChatFormat(tokenizer, "lama3")
     with pytest.raises(DataError, match="no chat template"):
         ChatFormat(tokenizer)
+
+
+def test_a_template_of_other_control_tokens_is_told(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """ "It does not end the turn" said of a good template, when its tokens are text to this tokenizer; what fits is
+    named."""
+    tokenizer = Tokenizer(tokenizer_folder)
+    assert set(BUNDLED) - set(fitting(tokenizer)) == {"chatml"}
+    with pytest.raises(DataError) as caught:
+        ChatFormat(tokenizer, "chatml").encode(TURNS)
+    assert "<|im_end|> and <|im_start|> are text" in caught.value.cause
+    assert "template=llama2, llama3," in caught.value.fix
+    plain = ChatFormat(tokenizer.with_tokens(["<|im_start|>", "<|im_end|>"]), "chatml")
+    assert plain.encode(TURNS).trained.count(True) > 2
+    (tmp_path / "mine.jinja").write_text(bundled("llama3"))
+    assert read_template(str(tmp_path / "mine.jinja")) == read_template("llama3") == bundled("llama3")
 
 
 def test_control_tokens_are_counted(tokenizer_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -15,9 +16,13 @@ from test_meta import GENERATIONS, publish, random_state
 from test_model import build
 
 from puna.checkpoint import convert as module
+from puna.checkpoint import stored as stored_module
 from puna.checkpoint.convert import convert
+from puna.checkpoint.gguf import file as gguf_file
+from puna.checkpoint.gguf.file import Gguf
 from puna.checkpoint.inspect import inspect
 from puna.checkpoint.model_directory import write_model_directory
+from puna.checkpoint.names import DTYPES
 from puna.checkpoint.registry import load_tokenizer, open_model
 from puna.errors import CheckpointError, DataError, NumericError, PunaError, ResourceError, UsageError
 from puna.infer.llama import Llama, load
@@ -106,7 +111,7 @@ def test_what_is_written_can_be_opened(model: Path, tmp_path: Path) -> None:
     assert open_model(folder).format == "hf"
 
 
-def refused(model: Path, target: Path, to: str | None, **more: Any) -> PunaError:
+def refused(model: Path, target: Path | str, to: str | None, **more: Any) -> PunaError:
     with pytest.raises(PunaError) as told:
         convert(model, target, to, **more)
     return told.value
@@ -124,7 +129,9 @@ def test_what_cannot_be_is_told_before_the_first_byte(
         (refused(model, new, "ggfu"), UsageError, "did you mean `gguf`?"),
         (refused(model, new, "hf", shards=2), UsageError, "--shards means nothing for hf"),
         (refused(model, tmp_path / "new.gguf", None, dtype="bf16"), UsageError, "--dtype means nothing for gguf"),
-        (refused(model, new, "meta", kind="F16"), UsageError, "--kind means nothing for meta"),
+        (refused(model, new, "meta", kind="F16"), UsageError, "--kind is of gguf and llama2.c"),
+        (refused(model, "", "hf"), UsageError, "no name to write to"),
+        (refused(model, tmp_path / "new.safetensors", "hf"), UsageError, "the name of a file"),
         (refused(model, new, "hf", dtype="bf61"), UsageError, "`bf61` is not a dtype"),
         (refused(model, new, "gguf", kind="Q9"), UsageError, "Q9"),
         (refused(model, tmp_path / "new.bin", "llama2.c", kind="v3"), UsageError, "no version of llama2.c"),
@@ -248,6 +255,38 @@ def test_owned_weights_belong_to_one_reader(
             assert mine.data_ptr() != before.data_ptr()
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_quantized_matrix_is_never_held_whole(
+    dtype: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 of the largest matrix and its copy in bf16 took three times what was written; the parts are the whole."""
+    source = open_model(convert(model, tmp_path / "m.gguf", kind="Q8_0"))
+    wanted = {name: weight.read() for name, weight in source.weights.items()}
+    for place in (gguf_file, stored_module):
+        monkeypatch.setattr(place, "_PART", 4096)
+    assert len(list(source.weights["embed_tokens.weight"].parts())) > 3
+    whole = Gguf.read
+
+    def read(self: Gguf, name: str) -> Any:
+        assert "embd" not in name, "held whole"
+        return whole(self, name)
+
+    monkeypatch.setattr(Gguf, "read", read)
+    written = open_model(convert(tmp_path / "m.gguf", tmp_path / "out", "hf", dtype=dtype)).weights
+    assert all(torch.equal(written[n].read(), tensor.to(DTYPES[dtype])) for n, tensor in wanted.items())
+
+
+def test_a_folder_is_not_called_like_a_file(model: Path, tmp_path: Path) -> None:
+    """`save("m.gguf")` and `merge ADAPTER m.gguf` made folders of that name, which nobody takes for one."""
+    for name in ("m.gguf", "m.bin", "m.safetensors"):
+        with pytest.raises(UsageError, match="the name of a file") as caught:
+            load(model, "fp32", "cpu").save(tmp_path / name)
+        assert f"puna convert {tmp_path / 'm'} m.gguf" in caught.value.fix
+    (merged,) = puna_forked([["merge", model, "m.gguf"]], tmp_path)
+    assert (merged.returncode, "puna convert m m.gguf" in merged.stderr) == (2, True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_verb(model: Path, tmp_path: Path) -> None:
     """A command line that says nothing of what went wrong, or prints more than the place of the result."""
     words = [
@@ -257,7 +296,11 @@ def test_the_verb(model: Path, tmp_path: Path) -> None:
         ["convert", "a", "c", "--to", "meta", "--shards", "3"],
     ]
     first, second, third, fourth = puna_forked(words, tmp_path)
-    assert (first.returncode, first.stdout, first.stderr) == (0, "a\n", "")
-    assert (second.returncode, second.stdout) == (0, "b.gguf\n")
+    assert (first.returncode, first.stdout) == (second.returncode, "a\n") == (0, "a\n")
+    assert second.stdout == "b.gguf\n"
+    assert re.fullmatch(r"wrote a in 0:00: F32, \d\.\d MB, from F16\n", first.stderr)
+    assert re.search(
+        r"wrote b.gguf in 0:00: .*Q8_0 x \d+, .* from F32; \d+ tensors in a narrower type\n", second.stderr
+    )
     assert (third.returncode, fourth.returncode) == (2, 2)
     assert "try: --shards 1 or 2 or 4" in fourth.stderr

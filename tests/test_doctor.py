@@ -87,7 +87,7 @@ def test_what_cannot_be_examined(model: Path, rows: Path, tmp_path: Path, monkey
     for done, (code, hint) in zip(puna_all([[*map(str, c)] for c in calls]), calls.values(), strict=True):
         assert (done.returncode, done.stdout) == (code, "")
         assert hint in done.stderr
-    with pytest.raises(UsageError, match="--template llama3"):
+    with pytest.raises(UsageError, match="--template llama2, llama3, "):
         open_case(base, rows, tmp_path)
     with pytest.raises(DataError, match="fewer than two"):
         open_case(model, tmp_path / "one.jsonl", tmp_path)

@@ -309,7 +309,11 @@ def test_the_same_tensor_twice_is_refused(folder: Path) -> None:
      {"rope_scaling": {"rope_type": "llama3"}}, {"rope_scaling": {"rope_type": []}}, {"hidden_size": []},
      {"num_attention_heads": 1e999}, {"hidden_size": "x" * 10**6}, {"architectures": 7}, {"eos_token_id": "x"},
      {"rope_scaling": {"rope_type": "llama3", "factor": 0, "low_freq_factor": 1, "high_freq_factor": 1,
-                       "original_max_position_embeddings": 8192}}],
+                       "original_max_position_embeddings": 8192}},
+     {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+                       "original_max_position_embeddings": -(2**63) - 1}},
+     {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+                       "original_max_position_embeddings": 2**65}}],
 )  # fmt: skip
 def test_sizes_no_llama_has_are_refused(folder: Path, change: dict[str, Any]) -> None:
     """Ten bytes of config.json can ask for a billion layers."""

@@ -21,9 +21,9 @@ from puna.checkpoint.gguf.file import Gguf
 from puna.checkpoint.inspect import inspect, nearest_presets
 from puna.checkpoint.registry import open_model
 from puna.checkpoint.stored import Format, Stored
-from puna.errors import DataError
+from puna.errors import CheckpointError, DataError
 from puna.infer.llama import Llama
-from puna.lineage import lineage, write_lineage
+from puna.lineage import lineage, parent, write_lineage
 from puna.model.config import count_parameters
 from puna.model.presets import PRESETS
 from puna.recipes import run
@@ -199,6 +199,53 @@ def test_shards_and_tokenizers_are_told_apart(shards: Path, tokenizer_folder: Pa
     assert caught.value.fix == f"puna data stats {shards}"
 
 
+def test_every_tokenizer_is_told(assets: Path, tmp_path: Path) -> None:
+    """`no model here` of a tokenizer.model, of the folder it is in, and of a GGUF that holds a vocabulary alone."""
+    places = {
+        "tokenizers/llama2/tokenizer.model": "32,000 ids, BOS 1 <s>, EOS 2 </s>",
+        "tokenizers/llama3": "128,256 ids, BOS 128000 <|begin_of_text|>",
+        "checkpoints/stories260K/tok512.bin": "512 ids, BOS 1 <s>",
+        "tokenizers/vectors/ggml-vocab-llama-spm.gguf": "32,000 ids, BOS 1 <s>, EOS 2 </s>",
+    }
+    for place, told in places.items():
+        found = inspect(assets / place)
+        assert (found["format"], found["tokenizer"][: len(told)]) == ("tokenizer", told)
+    assert inspect(assets / "tokenizers/llama2/tokenizer.model")["ids"]["control"] == {"<unk>": 0, "<s>": 1, "</s>": 2}
+
+
+def test_a_part_of_a_model_leads_to_the_whole(saved: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """`no model here` of a file inside a model, of a packed one, or of a tokenizer that was given to chat."""
+    (tmp_path / "m.gguf.gz").write_bytes(b"\x1f\x8b")
+    for place, what, fix in (
+        (saved / "model.safetensors", "a part of a model", f"the folder it is in: {saved}"),
+        (saved / "config.json", "a part of a model", f"the folder it is in: {saved}"),
+        (tmp_path / "m.gguf.gz", "a packed file", f"gunzip {tmp_path / 'm.gguf.gz'}"),
+        (tokenizer_folder, "a tokenizer, not a model", f"puna inspect {tokenizer_folder}"),
+        (tmp_path, "no model here", "puna runs ls"),
+    ):
+        with pytest.raises(CheckpointError, match=what) as caught:
+            open_model(place)
+        assert fix in caught.value.fix
+
+
+def test_registered_models_are_known(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent called smollm2-135m was "not on this disk", and its copy "a Llama of its own"."""
+    place = convert(saved, tmp_path / "known.gguf")
+    package = inspect_module.REGISTERED["smollm2-135m"][0]
+    monkeypatch.setattr(type(package), "find", lambda self: tmp_path)
+    monkeypatch.setitem(inspect_module.REGISTERED, "smollm2-135m", (package, "known.gguf"))
+    child = shutil.copytree(saved, tmp_path / "child")
+    write_lineage(child, lineage("sft", [parent("smollm2-135m", place)]))
+    told = inspect(child)
+    assert told["lineage"][0] == "<- smollm2-135m, unchanged"
+    assert told["architecture"] == "smollm2-135m"
+    assert told["parents"] == [parent("smollm2-135m", place)]
+    monkeypatch.setattr(type(package), "find", lambda self: None)
+    told = inspect(child)
+    assert told["lineage"] == ["<- smollm2-135m, not on this disk"]
+    assert "no preset is near" in told["architecture"]
+
+
 def test_what_is_printed(saved: Path, tmp_path: Path) -> None:
     """80 columns, one name a line, and nothing that a terminal obeys: names and templates are a stranger's words."""
     evil = shutil.copytree(saved, tmp_path / "evil")
@@ -212,6 +259,13 @@ def test_what_is_printed(saved: Path, tmp_path: Path) -> None:
     assert not any(character in told.stdout for character in "\x1b\x9b\x07")
     assert max(map(len, told.stdout.splitlines())) <= 80
     assert "\nparameters    " in told.stdout
-    assert json.loads(as_json.stdout)["parameters"] == count_parameters(CONFIG)
+    found = json.loads(as_json.stdout)
+    assert found["parameters"] == count_parameters(CONFIG)
+    assert found["config"] == CONFIG.model_dump()
+    assert found["tensors"] == {"BF16": 21}
+    assert found["bytes"] == {"model.safetensors": (evil / "model.safetensors").stat().st_size}
+    assert 7 in found["ids"]["stops"]
+    assert not {"shape", "weights", "files", "tokenizer", "control", "stops"} & found.keys()  # sentences, for people
+    assert not {"config", "tensors", "bytes", "ids"} & {line.split(" ")[0] for line in told.stdout.splitlines()}
     assert (nowhere.returncode, data.returncode) == (4, 4)
     assert "did you mean `evil`?" in nowhere.stderr

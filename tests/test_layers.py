@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "puna"
 RANKS = [
-    ["errors", "ranks", "config", "log", "device", "files", "run_folder", "packages", "report", "lineage"],
+    ["errors", "ranks", "config", "log", "device", "files", "run_folder", "packages", "report", "lineage", "integrity"],
     ["ops", "dist"],
     ["model", "tokenizer"],
     ["lora", "quant"],

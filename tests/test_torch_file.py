@@ -208,6 +208,23 @@ def tensor(
 DATA = {"data/0": bytes(16)}
 
 
+def directory(records: int, extra: bytes = b"", large: bool = False, comment: bytes = b"") -> bytes:
+    """A zip of nothing but its directory; `large`: its size is told in the record that large zips have."""
+    record = struct.pack("<4s24xHHH12x", b"PK\1\2", 0, len(extra), 0) + extra
+    size, end = len(record) * records, b""
+    if large:
+        end = struct.pack("<4sQ28xQQ", b"PK\6\6", 44, size, 0) + struct.pack("<4sIQI", b"PK\6\7", 0, size, 1)
+    told = 0xFFFFFFFF if large else size
+    end += struct.pack("<4s8xIIH", b"PK\5\6", told, 0xFFFFFFFF if large else 0, len(comment)) + comment
+    return record * records + end
+
+
+def elsewhere(content: bytes) -> bytes:
+    """The end of a large zip, which its locator says lies at the start of the file, where another one is."""
+    at = content.rindex(b"PK\6\7")
+    return content[: at + 8] + bytes(8) + content[at + 16 :]
+
+
 def broken_order() -> bytes:
     """A sound file whose byteorder is deflated, but not to what any zlib inflates."""
     made, content = io.BytesIO(archive(tensor(), DATA)), bytes(range(90))
@@ -260,6 +277,12 @@ MALFORMED: dict[str, bytes] = {
     "a compressed byteorder that is broken": broken_order(),
     "zeros": bytes(1000),
     "a zip of nothing": b"PK\5\6" + bytes(18),
+    "a directory of 200,000 records": directory(200_000),
+    "a large zip's directory of 200,000 records": directory(200_000, large=True),
+    "a directory behind a comment": directory(200_000, comment=b"PK"),
+    "an end elsewhere": elsewhere(directory(200_000, large=True)),
+    "a directory of long fields": directory(15, extra=b"FB\0\0" * 16_383),
+    "a directory of many long fields": directory(300, extra=b"FB\0\0" * 16_383),
     "a directory elsewhere": b"PK\5\6" + bytes(8) + struct.pack("<II", 1 << 31, 1 << 31) + bytes(2),
 }
 

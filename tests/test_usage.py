@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from command_line import Done, environment, puna, puna_forked
 
+from puna.tokenizer.chat.format import bundled
+
 SMALL = ["model.dim=16", "model.n_layers=1", "model.ffn_dim=16", "seq_len=16", "batch_size=2", "samples.prompts=[]"]
 CONFIG = "recipe: pretrain\nsteps: 5\ntrain:\n  optimizer:\n    lrr: 1\nbatch_sise: 2\n"
 
@@ -128,6 +130,18 @@ def tiny(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = puna("run", "pretrain", f"data={shards}", f"output={output}", "steps=1", *SMALL)
     assert done.returncode == 0, done.stderr
     return output
+
+
+def test_a_template_for_chat(tmp_path: Path, tiny: Path) -> None:
+    """A model without a template cannot be talked to; one whose control tokens are text to it would never stop."""
+    (tmp_path / "mine.jinja").write_text(bundled("llama2"))
+    templates = ("llama3", "mine.jinja", "lama3", "chatml")
+    own, llama3, mine, typo, chatml = puna_forked(
+        [["chat", tiny], *(["chat", tiny, "--template", name] for name in templates)], tmp_path
+    )
+    assert "no chat template" in own.stderr
+    assert llama3.returncode == mine.returncode == 0, llama3.stderr + mine.stderr
+    assert wrong(typo, 2, "did you mean `llama3`?") + wrong(chatml, 2, "are text, not control tokens") == ""
 
 
 def test_exit_codes(tmp_path: Path, shards: Path, tiny: Path) -> None:

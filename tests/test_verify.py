@@ -11,6 +11,7 @@ import pytest
 import torch
 from command_line import Done, puna, puna_forked
 
+import puna as puna_module
 from puna.checkpoint.model_directory import checkpoints
 from puna.checkpoint.registered import REGISTERED
 from puna.errors import CheckpointError
@@ -51,6 +52,20 @@ def test_every_flipped_bit_is_named(finished: Path) -> None:
         named = file.name in str(caught.value)
         assert named or file.name == MANIFEST, file  # a wrong hash in it looks like a change of the file it is for
     verify(folder)
+
+
+def test_from_python(finished: Path, tmp_path: Path) -> None:
+    """`puna.verify(x)` asked for a second model, where the verb compares hashes."""
+    run_folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    whole = puna_module.verify(run_folder)
+    assert whole["ok"]
+    assert [Path(row["path"]).name for row in whole["rows"]] == [*(p.name for p in checkpoints(run_folder)), "final"]
+    flip(run_folder / "final/model.safetensors", 9999)
+    told = puna_module.verify(run_folder)
+    assert not told["ok"]
+    assert told["rows"][-1]["wrong"] == ["model.safetensors: changed or damaged"]
+    header = puna_module.verify(run_folder / "final/model.safetensors")
+    assert (header["ok"], header["rows"][0]["by"]) == (True, "header")
 
 
 def test_a_manifest_of_the_same_meaning_is_damage(finished: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From any format to any other: a reader, a writer, and what can be wrong found before the first byte."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -7,21 +8,23 @@ from math import prod
 from pathlib import Path
 from typing import get_args
 
+import torch
+
 from puna.checkpoint.gguf.blocks import LAYOUTS
 from puna.checkpoint.gguf.model import gguf_name
 from puna.checkpoint.gguf.types import file_type, storage
 from puna.checkpoint.gguf.write import write_gguf
 from puna.checkpoint.llama2c import group, write_beside, write_llama2c
 from puna.checkpoint.meta.write import check_shards, write_meta
-from puna.checkpoint.model_directory import write_model_directory
+from puna.checkpoint.model_directory import check_folder_name, write_model_directory
 from puna.checkpoint.names import DTYPES
 from puna.checkpoint.registry import open_model
-from puna.checkpoint.stored import Format, Stored, expected_shapes, rows_missing
+from puna.checkpoint.stored import Format, Stored, Weight, expected_shapes, rows_missing
 from puna.config import nearest
 from puna.errors import CheckpointError, UsageError
 from puna.files import as_path, atomic_file, atomic_folder, require_space
 from puna.lineage import lineage
-from puna.log import Progress
+from puna.log import Progress, clock, log
 
 _OPTIONS = {"hf": {"dtype"}, "meta": {"dtype", "shards"}, "gguf": {"kind"}, "llama2.c": {"kind"}}
 _LLAMA2C = {"v0": 4.0, "v1": 4.0, "v2": 1.0}  # bytes of a weight; v2 has a scale for each group besides
@@ -45,6 +48,8 @@ def convert(
         CheckpointError: no model, a damaged one, or an adapter, which is to be merged first.
         ResourceError: the disk has no room for it.
     """
+    if not str(target).strip():
+        raise UsageError("no name to write to", where="DST", fix="a folder, or a file called *.gguf or *.bin")
     target = as_path(target)
     format = _format(to, target)
     _check_options(format, {"dtype": dtype, "kind": kind, "shards": shards})
@@ -59,7 +64,7 @@ def convert(
         check_shards(stored.config, shards or 1)
     require_space(_existing(target), _size(stored, format, dtype, kind))
     made_from = lineage("convert", [stored.path], source=stored.format, target=format)
-    atomic = atomic_folder if format in ("hf", "meta") else atomic_file
+    atomic, started = atomic_folder if format in ("hf", "meta") else atomic_file, time.monotonic()
     with atomic(target) as place, _telling(stored) as progress:
         if format == "hf":
             write_model_directory(stored, place, dtype, made_from, progress)
@@ -70,7 +75,22 @@ def convert(
         else:
             write_llama2c(stored, place, int(kind[1:]), progress)
             write_beside(stored, target, made_from)
+    log.info("wrote %s in %s: %s", target, clock(time.monotonic() - started), _change(stored, open_model(target)))
     return target
+
+
+def _change(source: Stored, target: Stored) -> str:
+    """`Q8_0 x 15, F32 x 5, 145.0 MB, from BF16; 15 tensors in a narrower type`, by what can be read back."""
+    size = sum(file.stat().st_size for file in target.files) / 1e6
+    both = source.weights.keys() & target.weights.keys()
+    narrower = sum(_narrower(target.weights[name], source.weights[name]) for name in both)
+    rounded = f"; {narrower} tensors in a narrower type" if narrower else ""
+    return f"{target.storage}, {size:,.1f} MB, from {source.storage}{rounded}"
+
+
+def _narrower(target: Weight, source: Weight) -> bool:
+    """Whether `target`'s type does not hold all that `source`'s does."""
+    return target.quantized or torch.promote_types(target.dtype, source.dtype) != target.dtype
 
 
 def _format(to: str | None, target: Path) -> Format:
@@ -83,6 +103,8 @@ def _format(to: str | None, target: Path) -> Format:
         raise UsageError("which format?", where=target, fix=" or ".join(f"--to {name}" for name in known))
     if to not in known:
         raise UsageError(f"no format `{to}`{nearest(to, list(known))}", where="--to", fix=", ".join(known))
+    if meant is None and to in ("hf", "meta"):
+        check_folder_name(target)
     if (meant and meant != to) or (to == "llama2.c" and meant is None):
         fix = f"--to {meant}, or another name" if meant else f"{target.name}.bin"
         raise UsageError(f"{target.name} is no name for {to}: it could not be opened again", where=target, fix=fix)
@@ -92,7 +114,9 @@ def _format(to: str | None, target: Path) -> Format:
 def _check_options(format: Format, given: dict[str, str | int | None]) -> None:
     for name, value in given.items():
         if value is not None and name not in _OPTIONS[format]:
-            fix = ", ".join(f"--{option}" for option in sorted(_OPTIONS[format]))
+            theirs = " and ".join(f"--{option}" for option in sorted(_OPTIONS[format]))
+            others = " and ".join(other for other, options in _OPTIONS.items() if name in options)
+            fix = f"without it: {format} has {theirs}; --{name} is of {others}"
             raise UsageError(f"--{name} means nothing for {format}", where=f"--{name} {value}", fix=fix)
     if (dtype := given["dtype"]) is not None and dtype not in DTYPES:
         raise UsageError(f"`{dtype}` is not a dtype", where="--dtype", fix=", ".join(DTYPES))

@@ -3,13 +3,17 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import WEIGHTS, adapter_config, base_of
-from puna.checkpoint.registry import find_model, holds_model, open_model
+from puna.checkpoint.gguf.file import is_gguf, open_gguf
+from puna.checkpoint.gguf.model import gguf_config
+from puna.checkpoint.registered import REGISTERED
+from puna.checkpoint.registry import find_model, holds_model, load_tokenizer, locate, open_model
 from puna.checkpoint.safetensors_file import read_header
 from puna.checkpoint.stored import Stored, rows_missing
 from puna.checkpoint.weight_files import inside
@@ -19,9 +23,15 @@ from puna.lineage import fingerprint, parents_of, read_lineage
 from puna.model.config import ModelConfig, count_parameters
 from puna.model.presets import PRESETS
 from puna.tokenizer.chat.format import BUNDLED, bundled
+from puna.tokenizer.formats import is_tokenizer
 from puna.tokenizer.tokenizer import Tokenizer
 
 _ANCESTORS = 50  # that are told: a stranger's puna.json can name any number of folders, each of which is looked at
+_IN_WORDS = {
+    "shape": "config", "rope": "config", "norm eps": "config", "context": "config", "weights": "tensors",
+    "files": "bytes", "tokenizer": "ids", "control": "ids", "stops": "ids",
+}  # fmt: skip
+"""What is said for people, and the value that tells a program the same."""
 _NEAR = 4  # values by which a model may differ from a preset and still be likened to it
 _TEMPLATE_LINES, _TEMPLATE_WIDTH = 3, 64
 
@@ -35,14 +45,24 @@ def inspect(name: str | Path) -> dict[str, Any]:
     place = as_path(name)
     if (place / "index.json").exists():
         raise DataError("token shards, not a model", where=place, fix=f"puna data stats {place}")
-    if (place / "tokenizer.json").exists() and not holds_model(place):
-        return {"path": str(place), "format": "tokenizer", **_tokenizer(Tokenizer(place), []), **_around(place)}
+    if (is_tokenizer(place) and not holds_model(place)) or (is_gguf(place) and not open_gguf(place).names()):
+        return {"path": str(place), "format": "tokenizer", **_tokenizer(load_tokenizer(place), []), **_around(place)}
     found = find_model(name)
     run = {"run": f"{place}; puna runs show {place}"} if (place / "resolved.yaml").exists() else {}
     if (found / ADAPTER).exists():
         return {"path": str(found), **run, **_adapter(found), **_around(found)}
     stored = open_model(found)
     return {"path": str(found), **run, **_model(stored), **_around(found, stored.lineage)}
+
+
+def as_data(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `inspect` found for programs: without the sentences that say what a value says, too."""
+    return {name: value for name, value in found.items() if _IN_WORDS.get(name) not in found}
+
+
+def in_words(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `inspect` found for people: without values that a sentence tells."""
+    return {name: value for name, value in found.items() if name not in {*_IN_WORDS.values(), "parents"}}
 
 
 def nearest_presets(config: ModelConfig) -> tuple[list[str], list[str]]:
@@ -82,6 +102,8 @@ def _found(parent: Mapping[str, Any]) -> tuple[Path | None, str]:
     """Where a parent lies, and whether it is still what it was."""
     try:
         named, known = Path(parent["path"]), parent.get("fingerprint")
+        if not named.exists():
+            named = locate(parent["path"]) or named
         place = next((p for p in (named, named / "final") if _made(p)), named)
         if not place.exists():
             return None, "not on this disk"
@@ -106,8 +128,7 @@ def _model(stored: Stored) -> dict[str, Any]:
         "rope": f"theta {config.rope_theta:,g}{scaled}",
         "norm eps": config.norm_eps,
         "config": config.model_dump(),
-        "weights": _storage(stored),
-        "files": [f"{f.name}  {f.stat().st_size / 1e6:,.1f} MB" for f in stored.files if f.exists()],
+        **_stored(_kinds(stored), [f for f in stored.files if f.exists()]),
     }
     if problems := stored.problems():
         told["does not fit its config"] = problems[:10]
@@ -124,8 +145,15 @@ def _model(stored: Stored) -> dict[str, Any]:
 def _architecture(config: ModelConfig) -> str:
     names, other = nearest_presets(config)
     if len(other) > _NEAR:
-        return "a Llama of its own: no preset is near"
+        return _registered(config) or "a Llama of its own: no preset is near"
     return f"nearest to {names[0]}, but {', '.join(other)}" if other else " / ".join(names)
+
+
+def _registered(config: ModelConfig) -> str | None:
+    """The registered model on this disk that has this architecture."""
+    places = {name: place for name in REGISTERED if (place := locate(name)) and place.exists()}
+    with suppress(CheckpointError):  # its damage is not this model's
+        return next((name for name, place in places.items() if gguf_config(open_gguf(place)) == config), None)
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
@@ -150,8 +178,7 @@ def _adapter_weights(folder: Path) -> dict[str, Any]:
     except CheckpointError as error:
         return {"weights": f"cannot be read: {error.what}"}
     kinds = Counter(entry.dtype for entry in entries)
-    count, size = sum(math.prod(entry.shape) for entry in entries), path.stat().st_size / 1e6
-    return {"parameters": count, "weights": _counted(kinds), "files": [f"{WEIGHTS}  {size:,.1f} MB"]}
+    return {"parameters": sum(math.prod(entry.shape) for entry in entries), **_stored(kinds, [path])}
 
 
 def _tokenizer(tokenizer: Tokenizer, more_stops: Any) -> dict[str, Any]:
@@ -165,6 +192,7 @@ def _tokenizer(tokenizer: Tokenizer, more_stops: Any) -> dict[str, Any]:
         "tokenizer": f"{tokenizer.vocab_size:,} ids, {', '.join(ends)}, {tokenizer.fingerprint[:19]}",
         "control": ", ".join(f"{token} {i}" for token, i in shown) + more,
         "stops": ", ".join(f"{i} {tokenizer.token(i)}" for i in stops),
+        "ids": {"count": tokenizer.vocab_size, **named, "stops": list(stops), "control": control},
         **_template(tokenizer.files.get("chat_template.jinja")),
     }
 
@@ -188,6 +216,7 @@ def _around(found: Path, lineage: Mapping[str, Any] | None = None) -> dict[str, 
         told["made by"] = f"{made.get('recipe') or made.get('verb') or 'puna'} of puna {made.get('puna', '?')}{code}"
         told |= {key: str(made[key]) for key in ("data",) if made.get(key)}
         told["lineage"] = list(lineage_chain(made)) or ["nothing: new weights"]
+        told["parents"] = parents_of(made)
     try:
         count = len(read_manifest(found))
         told["manifest"] = f"hashes of {count} files, not compared: puna verify {found}"
@@ -196,17 +225,24 @@ def _around(found: Path, lineage: Mapping[str, Any] | None = None) -> dict[str, 
     return told
 
 
-def _storage(stored: Stored) -> str:
-    """Every dtype with its number of tensors."""
+def _kinds(stored: Stored) -> Counter[str]:
+    """How many tensors are stored in each type."""
     if stored.format == "gguf" or " x " in stored.storage:
-        return stored.storage
+        pairs = (kind.split(" x ") for kind in stored.storage.split(", "))
+        return Counter({name: int(count) for name, count in pairs})
     names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     kinds = (str(weight.dtype).removeprefix("torch.") for weight in stored.weights.values())
-    return _counted(Counter(names.get(kind, kind) for kind in kinds))
+    return Counter(names.get(kind, kind) for kind in kinds)
 
 
-def _counted(kinds: Counter[str]) -> str:
-    return ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common())
+def _stored(kinds: Counter[str], files: Sequence[Path]) -> dict[str, Any]:
+    sizes = {file.name: file.stat().st_size for file in files}
+    return {
+        "weights": ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common()),
+        "files": [f"{name}  {size / 1e6:,.1f} MB" for name, size in sizes.items()],
+        "tensors": dict(kinds.most_common()),
+        "bytes": sizes,
+    }
 
 
 def _made(place: Path) -> bool:

@@ -1,6 +1,6 @@
 """The model directory: Hugging Face's layout plus lineage, opened by transformers, vLLM and llama.cpp as it is."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from puna.checkpoint.stored import Stored, Weight, expected_shapes
 from puna.checkpoint.weight_files import OpenFile, inside, open_weights, read_json, storage, weight_files, write_weights
 from puna.device import cast
 from puna.dist.fsdp import gathered
-from puna.errors import CheckpointError
+from puna.errors import CheckpointError, UsageError
 from puna.files import write_json
 from puna.lineage import read_lineage, write_lineage
 from puna.model.config import ModelConfig
@@ -45,6 +45,18 @@ def save_model(
     weights = {n: Weight(tuple(t.shape), t.dtype, partial(tensors.pop, n)) for n, t in tensors.items()}
     _write_beside(folder, model.config, dtype, tokenizer, stop_ids, lineage)
     write_weights(folder, weights, lambda name: None)
+
+
+def check_folder_name(folder: Path) -> None:
+    """
+    Raises:
+        UsageError: a name that says it is a file: nothing would look for a model inside.
+    """
+    if folder.suffix in (".gguf", ".bin", ".safetensors", ".pth", ".pt"):
+        raise UsageError(
+            f"a model directory is a folder, and {folder.name} the name of a file", where=folder,
+            fix=f"{folder.stem}, and for a .gguf then: puna convert {folder.with_suffix('')} {folder.stem}.gguf",
+        )  # fmt: skip
 
 
 def write_model_directory(
@@ -139,13 +151,17 @@ def _tied(embedding: Weight, head: Weight, folder: Path) -> Weight:
             )  # fmt: skip
         return matrix
 
-    return embedding._replace(read=read)
+    return embedding._replace(read=read, read_parts=None)
 
 
 def _cast(weight: Weight, dtype: torch.dtype | None, name: str) -> Weight:
     if dtype in (None, weight.dtype):
         return weight
-    return Weight(weight.shape, dtype, lambda: cast(weight.read(), dtype, name))
+
+    def parts() -> Iterator[Tensor]:
+        return (cast(part, dtype, name) for part in weight.parts())
+
+    return Weight(weight.shape, dtype, lambda: torch.cat(list(parts())), read_parts=parts)
 
 
 def _write_beside(

@@ -185,7 +185,9 @@ def check_sizes(config: ModelConfig, where: object, names: Mapping[str, str]) ->
         wrong.append(f"{config.n_heads} heads do not share {config.n_kv_heads} key/value heads evenly")
     if not wrong and config.head_dim % 2:
         wrong.append(f"head_dim {config.head_dim} is odd")
-    if (r := config.rope_scaling) and not (0 < r.low_freq_factor < r.high_freq_factor < 1e6 and 0 < r.factor < 1e6):
+    if (r := config.rope_scaling) and not (
+        0 < r.low_freq_factor < r.high_freq_factor < 1e6 and 0 < r.factor < 1e6 and 0 < r.original_max_seq_len < 2**31
+    ):
         wrong.append(f"RoPE scaling is {r.model_dump()}")
     if wrong:
         raise CheckpointError("; ".join(wrong), where=where, cause="damaged, or not a Llama's")

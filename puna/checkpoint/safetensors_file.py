@@ -8,7 +8,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,7 +116,8 @@ def write_safetensors(file: Path, weights: Mapping[str, Weight], progress: Calla
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            stream.write(_bytes(_checked(file, name, weights[name])))
+            for part in _checked(file, name, weights[name]):
+                stream.write(_bytes(part))
             progress(name)
 
 
@@ -166,11 +167,16 @@ def _read(file: Path, name: str, entry: Entry, stamp: tuple[int, ...]) -> Tensor
     return raw.view(_FLOATS[entry.dtype]).view(entry.shape)
 
 
-def _checked(file: Path, name: str, weight: Weight) -> Tensor:
-    tensor = weight.read()
-    if (tuple(tensor.shape), tensor.dtype) != weight[:2]:
-        raise CheckpointError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {weight[:2]}", where=file)
-    return tensor.contiguous()
+def _checked(file: Path, name: str, weight: Weight) -> Iterator[Tensor]:
+    """The parts of a tensor, of which no more than one is held."""
+    rows = 0
+    for part in weight.parts():
+        rows += part.shape[0] if part.ndim else 0
+        if part.dtype != weight.dtype or part.shape[1:] != weight.shape[1:]:
+            raise CheckpointError(f"{name} is (.., {tuple(part.shape[1:])}) {part.dtype}, not {weight[:2]}", where=file)
+        yield part.contiguous()
+    if rows != (weight.shape[0] if weight.shape else 0):
+        raise CheckpointError(f"{name} is of {rows:,} rows, not {weight.shape}", where=file)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -5,7 +5,7 @@ neither holds more than a tensor.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +21,7 @@ from puna.model.transformer import Transformer
 from puna.tokenizer.tokenizer import Tokenizer
 
 Format = Literal["hf", "meta", "gguf", "llama2.c"]
+_PART = 32 << 20  # bytes of a tensor that are cast or written at once
 _SHOWN = 20  # problems told at once
 
 
@@ -35,6 +36,15 @@ class Weight(NamedTuple):
     """Whether `read` gives memory that nobody else holds, so that a model may keep it."""
     quantized: bool = False
     """Whether it is stored in blocks of integers."""
+    read_parts: Callable[[], Iterable[Tensor]] | None = None
+    """The same some rows at a time, where that takes less memory than `read`."""
+
+    def parts(self) -> Iterable[Tensor]:
+        """The tensor as what has to be put together along its first dimension, for those who need not hold it whole."""
+        if self.read_parts:
+            return self.read_parts()
+        rows = max(1, _PART // max(1, self.nbytes // max(1, self.shape[0]))) if self.shape else 0
+        return self.read().split(rows) if rows else [self.read()]
 
     @property
     def nbytes(self) -> int:

@@ -24,6 +24,8 @@ from puna.log import harmless
 
 _LARGEST_PICKLE = 4 << 20  # names and sizes alone: the 1,138 tensors of the largest Llama take 0.2 MB
 _LARGEST_ORDER = 99
+_LARGEST_DIRECTORY = 1 << 20  # the 1,138 tensors of the largest Llama take 0.2 MB
+_END, _LOCATOR, _END64 = 22, 20, 56  # bytes of the three records that a zip ends with, from the last one on
 _OTHERS = {
     b"\x80": "a bare pickle, as torch wrote before 1.6", b"7z\xbc\xaf": "a 7z archive", b"\x1f\x8b": "a gzip archive",
     b"GGUF": "a GGUF file", b"\x93NUMPY": "a NumPy array", b"BZh": "a bzip2 archive", b"Rar!": "a RAR archive",
@@ -42,10 +44,12 @@ def open_torch_file(path: Path) -> dict[str, Weight]:
         CheckpointError: another kind of file, a damaged one, or one that asks for more than tensors.
     """
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            folder, places = _index(archive)
-            starts = {p.key: _start(file, archive, f"{folder}/data/{p.key}", p) for p in places.values()}
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with path.open("rb") as file:
+            _check_directory(file)
+            with zipfile.ZipFile(file) as archive:
+                folder, places = _index(archive)
+                starts = {p.key: _start(file, archive, f"{folder}/data/{p.key}", p) for p in places.values()}
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise CheckpointError(f"no {path.name} here", where=path.parent, cause="an incomplete copy") from None
     except (zipfile.BadZipFile, EOFError) as error:
@@ -62,6 +66,38 @@ def open_torch_file(path: Path) -> dict[str, Weight]:
         ) from None  # fmt: skip
     weights = {p: Weight(p.shape, p.dtype, partial(_view, data, starts[p.key], p)) for p in places.values()}
     return {name: weights[place] for name, place in places.items()}
+
+
+def _check_directory(file: BinaryIO) -> None:
+    """`zipfile` takes in the whole directory before anyone can look at it: six times its size in memory.
+
+    Where it lies is told by the end of the file. There are two ways to say it, and the larger number of them counts.
+
+    Raises:
+        BadZipFile: no end of a zip, or a comment after it, in which a second end could hide: torch writes none.
+        Refused: a directory that is too large, or a large zip's end that is not where torch writes it.
+    """
+    size = file.seek(0, 2)
+    at_locator, at_end64 = size - _END - _LOCATOR, size - _END - _LOCATOR - _END64
+    end, locator, end64 = (
+        _at(file, at, n) for at, n in ((size - _END, _END), (at_locator, _LOCATOR), (at_end64, _END64))
+    )
+    if end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
+        raise zipfile.BadZipFile("it does not end as a zip does")
+    length = struct.unpack_from("<I", end, 12)[0]
+    if locator[:4] == b"PK\6\7":
+        if end64[:4] != b"PK\6\6" or struct.unpack_from("<Q", locator, 8)[0] != at_end64:
+            raise Refused("the end of its directory is not where torch writes it")
+        length = struct.unpack_from("<Q", end64, 40)[0]
+    if length > _LARGEST_DIRECTORY:
+        raise Refused(f"a directory of {length:,} bytes, where a model's has less than {_LARGEST_DIRECTORY:,}")
+
+
+def _at(file: BinaryIO, at: int, size: int) -> bytes:
+    if at < 0:
+        return b""
+    file.seek(at)
+    return file.read(size)
 
 
 def _index(archive: zipfile.ZipFile) -> tuple[str, dict[str, Place]]:

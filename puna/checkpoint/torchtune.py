@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from puna.checkpoint.rope_layout import to_halves, to_neighbours
+from puna.checkpoint.rope_layout import to_halves
 
 _LAYERS = {
     "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
@@ -27,21 +27,15 @@ def is_torchtune(names: Mapping[str, object]) -> bool:
 
 def from_torchtune(tensors: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
     """torchtune's adapter tensors under our names, in our row order. Names that are none of its stay as they are."""
-    renamed = {_renamed(name, _LAYERS, _PARTS): tensor for name, tensor in tensors.items()}
+    renamed = {_renamed(name): tensor for name, tensor in tensors.items()}
     return {n: to_halves(t, head_dim) if n.endswith(_TURNED) else t for n, t in renamed.items()}
 
 
-def to_torchtune(tensors: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
-    """Our adapter tensors as torchtune names and orders them."""
-    turned = {n: to_neighbours(t, head_dim) if n.endswith(_TURNED) else t for n, t in tensors.items()}
-    layers, parts = ({ours: theirs for theirs, ours in table.items()} for table in (_LAYERS, _PARTS))
-    return {_renamed(name, layers, parts): tensor for name, tensor in turned.items()}
-
-
-def _renamed(name: str, layers: Mapping[str, str], parts: Mapping[str, str]) -> str:
-    part = next((p for p in parts if name.endswith(f".{p}")), "")
+def _renamed(name: str) -> str:
+    part = next((p for p in _PARTS if name.endswith(f".{p}")), "")
     layer = name.removesuffix(f".{part}")
     block, number, inner = [*layer.split(".", 2), "", ""][:3]
-    if not part or (inner if block == "layers" else layer) not in layers:
+    if not part or (inner if block == "layers" else layer) not in _LAYERS:
         return name
-    return f"layers.{number}.{layers[inner]}.{parts[part]}" if block == "layers" else f"{layers[layer]}.{parts[part]}"
+    ours = f"layers.{number}.{_LAYERS[inner]}" if block == "layers" else _LAYERS[layer]
+    return f"{ours}.{_PARTS[part]}"

@@ -27,13 +27,14 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Keep the most likely ids up to this probability.", min=0, max=1)] = 0.9,
     seed: Annotated[int, typer.Option(help="Same seed and words, same answers.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp64.")] = "auto",
+    template: Annotated[
+        str | None, typer.Option(help="llama3, chatml ... or a jinja file; the model's own by default.")
+    ] = None,
     tools: Annotated[Path | None, typer.Option(help="JSON list of functions it may call; you type results.")] = None,
 ) -> None:
     """Talk with a model: puna chat smollm2-135m"""
-    from puna.infer.llama import load
-
     offered = _read_tools(tools) if tools else None
-    llama = load(model, dtype=dtype)
+    llama = _load(model, dtype, template)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     # a template that is missing, or has no place for tools, is told before anyone types
@@ -66,6 +67,7 @@ def merge(
 ) -> None:
     """Add an adapter into its base model and write a model directory."""
     from puna.checkpoint.adapter import base_of
+    from puna.checkpoint.model_directory import check_folder_name
     from puna.checkpoint.names import DTYPES
     from puna.checkpoint.registry import find_model
     from puna.files import as_path
@@ -76,6 +78,7 @@ def merge(
     target = as_path(target)
     if save_dtype not in DTYPES:
         raise UsageError(f"`{save_dtype}` is not a dtype", fix=", ".join(DTYPES))
+    check_folder_name(target)
     llama = load(adapter, dtype="fp32", device="cpu")
     if not lora_parameters(llama.model):
         raise UsageError("this is no adapter: there is nothing to merge", where=adapter, fix="use it as it is")
@@ -84,6 +87,22 @@ def merge(
     made_from = lineage("merge", [llama.path, parent(base, find_model(base))])
     llama.save(target, dtype=save_dtype, made_from=made_from)
     print(target)
+
+
+def _load(model: str, dtype: str, template: str | None) -> Any:
+    """The model, with another chat template than its own if one is named."""
+    from dataclasses import replace
+
+    from puna.infer.llama import load
+    from puna.tokenizer.chat.format import fitting, lacking, read_template
+
+    source = read_template(template) if template else None
+    llama = load(model, dtype=dtype)
+    if source is None:
+        return llama
+    if told := lacking(source, llama.tokenizer):
+        raise UsageError(told, where=f"--template {template}", fix=f"--template {', '.join(fitting(llama.tokenizer))}")
+    return replace(llama, tokenizer=llama.tokenizer.with_template(source))
 
 
 def _read_tools(path: Path) -> list[dict[str, Any]] | None:

@@ -1,6 +1,5 @@
 """`puna convert`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ def register(app: typer.Typer) -> None:
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help=MODEL)],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder or file to write.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="The folder or file to write.")],
     to: Annotated[str | None, typer.Option(help="hf, meta, gguf or llama2.c; guessed of *.gguf and *.bin.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of hf and meta: bf16, fp16, fp32, fp64. Default: as stored; bf16 if quantized.")
@@ -22,7 +21,8 @@ def convert(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="Of gguf: F16 (default), BF16, F32, Q8_0, Q4_0, Q4_K_M; of llama2.c: v0 (default), v1, v2 (int8)."
+            help="Of gguf: F16 (default), BF16, F32, Q8_0, Q4_0, Q4_K_M; of llama2.c: v0 (default; fp32, what run.c "
+            "reads), v1 (fp32 with a header), v2 (int8, for runq.c)."
         ),
     ] = None,
     shards: Annotated[int | None, typer.Option(help="Of meta: how many files. Default: 1.", min=1)] = None,

@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
 def doctor(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL)] = None,
     data: Annotated[Path | None, typer.Option(help="Conversations, text, or a folder of token shards.")] = None,
-    template: Annotated[str | None, typer.Option(help="llama3, chatml ...; the model's own by default.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="llama3, chatml ... or a jinja file; the model's own by default.")
+    ] = None,
     rows: Annotated[int, typer.Option(help="The first so many conversations or texts.", min=2)] = 8,
     dtype: Annotated[str, typer.Option(help="auto (fp64 for small models), fp64, fp32 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",

@@ -22,13 +22,14 @@ def inspect(
     as_json: bool = Json,
 ) -> None:
     """Architecture, weights, tokenizer, chat template, stop ids and lineage, without loading weights."""
+    from puna.checkpoint.inspect import as_data, in_words
     from puna.checkpoint.inspect import inspect as look
 
     found = look(path)
     if as_json:
-        print_json(found)
+        print_json(as_data(found))
         return
-    found.pop("config", None)  # told in words by architecture, shape, rope and context
+    found = in_words(found)
     width = max(map(len, found))
     for name, value in found.items():
         print("\n".join(_lines(f"{name:{width}}  ", value)))

@@ -30,7 +30,7 @@ def encode_conversations(
         try:
             ids, trained = chat.encode(messages, train, tools)
         except DataError as error:
-            raise DataError(error.what, where=where, fix=error.fix) from None
+            raise DataError(error.what, where=where, cause=error.cause, fix=error.fix) from None
         if ids[:2] == [bos, bos]:
             raise DataError("BOS stands twice at the start", where=where, cause="template and tokenizer both add it")
         cut += len(ids) > seq_len

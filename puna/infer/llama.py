@@ -12,7 +12,7 @@ from torch import Tensor
 
 from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import base_of, load_adapter, tokenizer_of
-from puna.checkpoint.model_directory import save_model
+from puna.checkpoint.model_directory import check_folder_name, save_model
 from puna.checkpoint.registry import find_model, open_model
 from puna.device import choose_device, choose_dtype
 from puna.errors import UsageError
@@ -123,8 +123,12 @@ class Llama:
 
         Args:
             made_from: its lineage; by default that it was saved from this model.
+
+        Raises:
+            UsageError: `path` exists, or has the name of a file.
         """
-        with atomic_folder(as_path(path)) as folder:
+        check_folder_name(target := as_path(path))
+        with atomic_folder(target) as folder:
             made_from = made_from or lineage("save", [self.path])
             save_model(folder, self.model, self.tokenizer, dtype, dict(made_from), self.stop_ids)
 

@@ -7,6 +7,7 @@ file of any shape ends in a CheckpointError at once (published readers loop or o
 import math
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from mmap import mmap
@@ -27,6 +28,7 @@ _MAX_STRINGS = 1 << 19  # in the whole file: Llama 3 has 128,256 tokens and 280,
 _MAX_VALUES = 1 << 12
 _MAX_DIMS = 4
 _CUT = "an incomplete download, or a hostile file"
+_PART = 32 << 20  # bytes of fp32 that `read_rows` makes at once
 _MAX_TENSORS = 1 << 14  # the largest Llama has 1,137
 
 
@@ -66,8 +68,23 @@ class Gguf:
         Raises:
             CheckpointError: a type that is not read here, or scales that are not finite.
         """
+        return self._dequantized(name, self.raw(name)).reshape(self.shape(name))
+
+    def read_rows(self, name: str) -> Iterator[np.ndarray]:
+        """`read` some rows at a time.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        raw, columns = self.raw(name), self.shape(name)[-1]
+        width = raw.size // (math.prod(self.shape(name)) // columns)  # bytes of a row
+        step = max(1, _PART // (4 * columns)) * width
+        for at in range(0, raw.size, step):
+            yield self._dequantized(name, raw[at : at + step]).reshape(-1, columns)
+
+    def _dequantized(self, name: str, raw: np.ndarray) -> np.ndarray:
         try:
-            return dequantize(self.raw(name), self.kind(name)).reshape(self.shape(name))
+            return dequantize(raw, self.kind(name))
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error.what}", where=self.path, cause=error.cause, fix=error.fix) from None
 

@@ -119,7 +119,10 @@ def _weight(file: Gguf, name: str, config: ModelConfig) -> Weight:
             weight = torch.from_numpy(file.raw(name).copy()).view(dtype).view(file.shape(name))
         return to_halves(weight, config.head_dim) if is_rotated(our_name(name)) else weight
 
-    return Weight(file.shape(name), dtype or torch.float32, read, owned=True, quantized=dtype is None)
+    # RoPE's rows lie in another order, but are never the largest matrix
+    by_rows = dtype is None and len(file.shape(name)) == 2 and not is_rotated(our_name(name))
+    parts = (lambda: map(torch.from_numpy, file.read_rows(name))) if by_rows else None
+    return Weight(file.shape(name), dtype or torch.float32, read, True, dtype is None, parts)
 
 
 def _count(file: Gguf, key: str, default: int | None = None) -> int:

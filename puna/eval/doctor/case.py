@@ -24,7 +24,7 @@ from puna.log import log
 from puna.lora import lora_parameters, merge_lora
 from puna.model.config import count_parameters
 from puna.model.transformer import Transformer
-from puna.tokenizer.chat.format import ChatFormat, Encoded, has_template
+from puna.tokenizer.chat.format import ChatFormat, Encoded, fitting, has_template, read_template
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.fit import train_step
 from puna.train.objectives import next_token
@@ -181,8 +181,9 @@ def _read(case: Case, data: Path, template: str | None, rows: int) -> None:
             case.texts.append(case.tokenizer.decode(ids))
     elif _conversational(data):
         if template is None and not has_template(case.tokenizer):
-            raise UsageError("conversations, and a model without a chat template", fix="--template llama3 or chatml")
-        case.chat = ChatFormat(case.tokenizer, template)
+            fix = "--template " + ", ".join(fitting(case.tokenizer))
+            raise UsageError("conversations, and a model without a chat template", fix=fix)
+        case.chat = ChatFormat(case.tokenizer, read_template(template) if template else None)
         case.conversations = tuple(read_conversations(ChatSource(path=data, limit=rows)))
         case.rows = [case.chat.encode(c.messages, tools=c.tools) for c in case.conversations]
         case.texts = [str(m["content"])[:_TEXT] for c in case.conversations for m in c.messages]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import base_of, tokenizer_of
-from puna.checkpoint.registry import find_model, open_model
+from puna.checkpoint.registry import find_model, find_written, open_file, open_model
 from puna.checkpoint.stored import Stored
 from puna.errors import CheckpointError, UsageError
 from puna.eval.parity.budget import Budget, budget_for, logit_rows, perplexity_row
@@ -15,6 +15,7 @@ from puna.eval.parity.observe import Observed, apart, observe, same_answers
 from puna.eval.parity.rows import Row, config_row, stops_row, template_row, tokenizer_row, vocabularies_apart
 from puna.eval.parity.weights import compare_weights, merged_row, weights_row
 from puna.infer.llama import load
+from puna.integrity import check
 from puna.log import log
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -34,25 +35,28 @@ class Side(NamedTuple):
 
 
 def verify(
-    a: str | Path, *, against: str | Path, prompts: Sequence[str] = PROMPTS, text: str = TEXT,
+    a: str | Path, *, against: str | Path | None = None, prompts: Sequence[str] = PROMPTS, text: str = TEXT,
     budget: float | None = None, max_tokens: int = 32, dtype: str = "fp32", device: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
-    """Compare two models in everything that conversions, merges and exports get wrong.
+    """Compare two models in everything that conversions, merges and exports get wrong; one, with its hashes.
 
     Args:
-        a, against: whatever `puna.load` takes; `a` is the reference.
+        a, against: whatever `puna.load` takes; `a` is the reference. Without `against`, `a` is whatever puna wrote.
         prompts: asked by each model's own template; text to continue where it has none.
         text: for the perplexities.
         budget: the largest difference of a logit that is allowed; by default it depends on what is compared.
 
     Returns:
         {"ok", "a", "b", "budget", "rows": [{"name", "ok", "told"}], "measured"}. `ok` of a row is None where it
-        decides nothing.
+        decides nothing. Without `against`: {"ok", "rows": [{"path", "files", "bytes", "by", "wrong"}]}.
 
     Raises:
         CheckpointError: one of the two cannot be read, or their ids mean nothing to one another.
         UsageError: a budget that nothing can be within.
     """
+    if against is None:
+        found = check(find_written(a), open_file)
+        return {"ok": all(checked.ok for checked in found), "rows": [checked._asdict() for checked in found]}
     if budget is not None and not budget >= 0:
         raise UsageError(f"{budget:g} is no difference that is allowed", where="--budget", fix="--budget 0, or more")
     sides = (_open(a), _open(against))

@@ -81,8 +81,11 @@ def check_complete(marked: Marked, written: str) -> list[str]:
     return tolerated
 
 
-def check_names(marked: Marked, render: Callable[[Any, Any], str]) -> None:
+def check_names(marked: Marked, render: Callable[[Any, Any], str], fix: str) -> None:
     """Render once more with marks for the names of functions: a name that stands in a text is no call and no tool.
+
+    Args:
+        fix: what to type where it does.
 
     Raises:
         DataError: the template leaves out a tool or a call.
@@ -101,7 +104,7 @@ def check_names(marked: Marked, render: Callable[[Any, Any], str]) -> None:
     ]
     written = render(messages, tools) if lost else ""
     if what := next((what for mark, what in lost.items() if mark not in written), None):
-        raise DataError(what, fix="a template with tools, such as template=llama3.1")
+        raise DataError(what, fix=fix)
 
 
 def follows(marked: Marked, written: str, real: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from puna.config import nearest
 from puna.errors import DataError, UsageError
+from puna.files import as_path
 from puna.log import log
 from puna.tokenizer.chat.continuation import Continuation
 from puna.tokenizer.chat.faithful import Marked, check_complete, check_names, follows
@@ -24,6 +25,7 @@ from puna.tokenizer.tokenizer import Tokenizer
 Train = Literal["all", "last"]
 _PYTHON_TAG = "<|python_tag|>"
 _MOST_CONTROL_TOKENS = 60_000  # each has a private-use character; the last ones of the plane are marks
+_CONTROL = re.compile(r"<\|[a-z_]{1,40}\|>")
 _TAG = re.compile(r"<\|[^|\s{}]{1,40}\|>|\[/?[A-Z_]{2,20}\]|<</?[A-Z]{2,20}>>")
 
 
@@ -56,7 +58,7 @@ class ChatFormat:
             if raw is None:
                 raise DataError(
                     "no chat template", where=tokenizer.where, cause="it was never taught to take turns",
-                    fix="tune it with template=llama3 or template=chatml (puna run sft), or puna generate",
+                    fix=f"puna generate, or puna run sft with {_choice(fitting(tokenizer))}",
                 )  # fmt: skip
             template = raw.decode("utf-8", "replace")
         self.source = template if "{" in template else bundled(template)
@@ -180,7 +182,8 @@ class ChatFormat:
         ends = list(self._control.finditer(text))
         if not ends:
             why = "the template does not end the assistant's turn, so a model would never learn to stop"
-            raise DataError(why, where=self.tokenizer.where)
+            fix = f"{_choice(fitting(self.tokenizer))}; or add_tokens first"
+            raise DataError(why, where=self.tokenizer.where, cause=lacking(self.source, self.tokenizer), fix=fix)
         stops = self.tokenizer.stop_ids
         end = next((e for e in ends if self.tokenizer.special_tokens[e.group()] in stops), None)
         if end is None:
@@ -199,7 +202,9 @@ class ChatFormat:
         if key not in self._shapes:
             if len(self._shapes) >= 1024:
                 self._shapes.clear()
-            check_names(marked, lambda called, offered: self._render(called, offered, add_prompt))
+            with_tools = [name for name in fitting(self.tokenizer) if name in _WITH_TOOLS]
+            fix = _choice(with_tools) if with_tools else "another model: none of puna's templates with tools fits it"
+            check_names(marked, lambda called, offered: self._render(called, offered, add_prompt), fix)
             shape = self._render(marked.messages, marked.tools, add_prompt)
             for told in check_complete(marked, shape):
                 self._tell(re.sub(r"\d+ ", "", told, count=1), told)
@@ -259,6 +264,7 @@ class ChatFormat:
 
 BUNDLED = ("llama2", "llama3", "llama3.1", "llama3.2", "llama3.2-pythonic", "llama3.3", "chatml")
 _SAME = {"llama3.3": "llama3.1"}
+_WITH_TOOLS = ("llama3.1", "llama3.2", "llama3.2-pythonic", "llama3.3")
 
 
 def has_template(tokenizer: Tokenizer) -> bool:
@@ -269,9 +275,41 @@ def has_template(tokenizer: Tokenizer) -> bool:
 def bundled(name: str) -> str:
     """A template that ships with puna."""
     if name not in BUNDLED:
-        raise UsageError(f"no template `{name}`" + nearest(name, BUNDLED), fix=", ".join(BUNDLED))
+        raise UsageError(f"no template `{name}`" + nearest(name, BUNDLED), fix=f"{', '.join(BUNDLED)}; or a file")
     file = f"{_SAME.get(name, name)}.jinja"
     return (resources.files("puna") / "tokenizer" / "chat" / "templates" / file).read_text(encoding="utf-8")
+
+
+def fitting(tokenizer: Tokenizer) -> list[str]:
+    """The bundled templates whose control tokens `tokenizer` has. Llama 2's needs none but BOS and EOS."""
+    return [name for name in BUNDLED if not _missing(bundled(name), tokenizer)]
+
+
+def read_template(given: str) -> str:
+    """What `--template` names: a bundled template, or a file with one.
+
+    Raises:
+        UsageError: neither.
+    """
+    if given not in BUNDLED and (path := as_path(given)).is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    return bundled(given)
+
+
+def lacking(source: str, tokenizer: Tokenizer) -> str:
+    """Told of a template whose control tokens `tokenizer` does not have: it would read them as text."""
+    missing = _missing(source, tokenizer)
+    return f"to this tokenizer {' and '.join(missing[:3])} are text, not control tokens" if missing else ""
+
+
+def _missing(source: str, tokenizer: Tokenizer) -> list[str]:
+    """The control tokens that a template writes and `tokenizer` does not have."""
+    return sorted(set(_CONTROL.findall(source)) - set(tokenizer.special_tokens))
+
+
+def _choice(names: Sequence[str]) -> str:
+    """`template=llama2, chatml`, as a recipe takes it."""
+    return f"template={', '.join(names)} (of chat and doctor: --template)"
 
 
 def _fixed_clock(date: Any) -> dict[str, Any]:
