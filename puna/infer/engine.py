@@ -6,17 +6,19 @@ does not depend on the others: `generate` is the oracle.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from puna.errors import ResourceError, UsageError
 from puna.infer.paged_cache import PagedCache
-from puna.infer.request import Event, FinishReason, Likelihood, Request, Result
-from puna.infer.sample import Sample
-from puna.infer.sampling import Filters, Sampling, penalized, sample
+from puna.infer.request import Event, FinishReason, Likelihood, Request, Result, TokenLogprob
+from puna.infer.sample import Sample, choose
+from puna.infer.sampling import Sampling
 from puna.infer.scheduler import Chunk, Scheduler
 from puna.infer.scoring import logprobs, score_prompts
+from puna.infer.speculate import Proposer, Speculation
 from puna.infer.stopping import Decode
 from puna.infer.weights import WeightWatch
 from puna.model.mode import evaluating
@@ -36,6 +38,7 @@ class Engine:
         tokens: what the cache holds; by default `batch` whole contexts, in at most 1 GB.
         batch: most texts written at a time.
         chunk: most tokens of a step, as long as every text gets one.
+        speculate: guesses ids, which makes texts come sooner and changes none of them.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Engine:
         tokens: int | None = None,
         batch: int = 32,
         chunk: int = 512,
+        speculate: Proposer | Speculation | None = None,
     ):
         self.model, self.decode = model, decode
         self.device = next(model.parameters()).device
@@ -57,6 +61,7 @@ class Engine:
         self._open: dict[int, list[Sample]] = {}
         self._events: list[Event] = []
         self._weights, self._forgotten = WeightWatch(model), 0
+        self.speculation = Speculation(speculate) if isinstance(speculate, Proposer) else speculate
 
     def add(self, request: Request) -> int:
         """Take a request in; its number, which its events have.
@@ -86,7 +91,11 @@ class Engine:
         """One forward, and what it did. Nothing to do: nothing."""
         try:
             if chunks := self._schedule():
+                if self.speculation is not None:
+                    chunks = self.speculation.extend(chunks, self.cache)
                 self._postprocess(chunks, self._run(chunks))
+                if self.speculation is not None:
+                    self.speculation.learn(chunks)
         except BaseException:  # what the cache believes it holds may never have been computed
             self._abandon()
             raise
@@ -155,41 +164,52 @@ class Engine:
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
         """The final hidden states of the chunks' tokens: (N, dim)."""
-        ids = [i for s, start, length in chunks for i in s.text.ids[start : start + length]]
-        places = [p for _, start, length in chunks for p in range(start, start + length)]
+        ids = [i for chunk in chunks for i in chunk.ids]
+        pieces = [Piece(start, length + len(guess), s.text.table) for s, start, length, guess in chunks]
+        places = [p for start, length, _ in pieces for p in range(start, start + length)]
         tokens, positions = torch.tensor([[ids], [places]], device=self.device)
-        cache = self.cache.step([Piece(start, length, s.text.table) for s, start, length in chunks])
         with evaluating(self.model):
-            hidden = self.model(tokens, positions=positions, cache=cache, head=False)[0]
-        self.cache.blocks.computed()
-        return hidden
+            return self.model(tokens, positions=positions, cache=self.cache.step(pieces), head=False)[0]
 
     def _postprocess(self, chunks: list[Chunk], hidden: Tensor) -> None:
-        """Score prompts, and choose the next id of every sample whose ids are all computed."""
+        """Score prompts, and choose the next ids of every sample whose ids are all computed."""
         score_prompts(chunks, hidden, self.model.lm_head, self.model.config.vocab_size)
-        first, written, rows = 0, list[Sample](), list[int]()
-        for each, start, length in chunks:
-            first += length
+        first, written, rows = 0, list[Chunk](), list[int]()
+        for chunk in chunks:
+            each, start, length, guess = chunk
+            first += length + len(guess)
             if start + length == len(each.text.ids):
-                written.append(each)
-                rows.append(first - 1)
+                written.append(chunk)
+                rows += range(first - len(guess) - 1, first)
             elif start + length == each.goal:
                 self._finish(each, "length")
         if written:
             self._extend(written, self.model.lm_head(hidden[rows]))
+        self.cache.blocks.computed()
 
-    def _extend(self, samples: list[Sample], logits: Tensor) -> None:
-        """Choose the next id of each sample: logits (B, V)."""
-        asked = [each.request.sampling for each in samples]
-        changed = penalized(logits, [(each.request.sampling, each.request.prompt, each.answer) for each in samples])
-        chosen = sample(changed, Filters.of(asked, logits.device), [each.draw() for each in samples])
-        told = logprobs(logits, chosen, [sampling.logprobs for sampling in asked])
-        for each, token, logprob in zip(samples, chosen.tolist(), told, strict=True):
-            new = each.accept(token, logprob)
+    def _extend(self, written: list[Chunk], logits: Tensor) -> None:
+        """Choose what each sample goes on with, for every guess as if those before it were right: logits (B, V)."""
+        places = [(each, guess[:n]) for each, _, _, guess in written for n in range(len(guess) + 1)]
+        chosen = choose(logits, places)
+        told = iter(logprobs(logits, chosen, [each.request.sampling.logprobs for each, _ in places]))
+        ids = iter(chosen.tolist())
+        for each, _, _, guess in written:
+            count = len(guess) + 1
+            self._accept(each, guess, list(islice(ids, count)), list(islice(told, count)))
+
+    def _accept(self, each: Sample, guess: Sequence[int], ids: list[int], told: list[TokenLogprob | None]) -> None:
+        """Add ids as long as those before them were guessed right."""
+        right = next((n for n, (a, b) in enumerate(zip(guess, ids, strict=False)) if a != b), len(guess))
+        new: tuple[int, ...] = ()
+        for token, logprob in zip(ids[: right + 1], told, strict=False):
+            new += each.accept(token, logprob)
             if each.finished:
-                self._finish(each, each.finished, new)
-            elif new:
-                self._events.append(Event(each.number, each.index, new))
+                break
+        self.cache.plan(each.text, min(right, len(each.text.ids) - 1 - each.text.stored))  # already computed
+        if each.finished:
+            self._finish(each, each.finished, new)
+        elif new:
+            self._events.append(Event(each.number, each.index, new))
 
     def _finish(self, each: Sample, reason: FinishReason, new: tuple[int, ...] = ()) -> None:
         each.finished = reason
