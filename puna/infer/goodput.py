@@ -53,7 +53,7 @@ class Measures:
 
 
 class Goodput:
-    """Chooses the guesses of a step ("Optimizing speculative decoding for serving LLMs using goodput", Liu et al. 2024).
+    """Chooses the guesses of a step so that most ids come a second (goodput, Liu et al. 2024, arXiv 2406.14066).
 
     The j-th guess of a text is worth rate^j ids and costs a row, and for drafts a step of the draft. Guesses are taken
     from the best on while they raise the expected ids a second. A wrong estimate cannot cost much: what guessing lost
