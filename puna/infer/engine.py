@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from puna.errors import ResourceError, UsageError
+from puna.infer.forward import Row, forward
 from puna.infer.paged_cache import PagedCache
 from puna.infer.request import Event, FinishReason, Likelihood, Request, Result, TokenLogprob
 from puna.infer.sample import Sample, choose
@@ -21,9 +22,8 @@ from puna.infer.scoring import logprobs, score_prompts
 from puna.infer.speculate import Proposer, Speculation
 from puna.infer.stopping import Decode
 from puna.infer.weights import WeightWatch
-from puna.model.mode import evaluating
 from puna.model.transformer import Transformer
-from puna.ops.paged_attention import BLOCK, Piece
+from puna.ops.paged_attention import BLOCK
 
 _CACHE_BYTES = 2**30  # unless one whole context takes more
 
@@ -153,6 +153,8 @@ class Engine:
         if self._open:
             raise UsageError("the engine is still writing", fix="finish or cancel its requests first")
         self.cache.release()
+        if self.speculation is not None:
+            self.speculation.proposer.release()
 
     def _schedule(self) -> list[Chunk]:
         if self.scheduler.waiting:
@@ -164,12 +166,8 @@ class Engine:
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
         """The final hidden states of the chunks' tokens: (N, dim)."""
-        ids = [i for chunk in chunks for i in chunk.ids]
-        pieces = [Piece(start, length + len(guess), s.text.table) for s, start, length, guess in chunks]
-        places = [p for start, length, _ in pieces for p in range(start, start + length)]
-        tokens, positions = torch.tensor([[ids], [places]], device=self.device)
-        with evaluating(self.model):
-            return self.model(tokens, positions=positions, cache=self.cache.step(pieces), head=False)[0]
+        rows = [Row(chunk.ids, chunk.start, chunk.sample.text.table) for chunk in chunks]
+        return forward(self.model, self.cache, rows)
 
     def _postprocess(self, chunks: list[Chunk], hidden: Tensor) -> None:
         """Score prompts, and choose the next ids of every sample whose ids are all computed."""
@@ -213,7 +211,7 @@ class Engine:
 
     def _finish(self, each: Sample, reason: FinishReason, new: tuple[int, ...] = ()) -> None:
         each.finished = reason
-        self.scheduler.remove(each)
+        self._drop(each)
         samples = self._open[each.number]
         result = _result(samples) if all(s.finished for s in samples) else None
         if result is not None:
@@ -221,10 +219,15 @@ class Engine:
         if new or result is not None:
             self._events.append(Event(each.number, each.index, new, result))
 
+    def _drop(self, each: Sample) -> None:
+        self.scheduler.remove(each)
+        if self.speculation is not None:
+            self.speculation.proposer.end(each)
+
     def _abandon(self) -> None:
         """Drop every request and whatever the cache may hold of them."""
         for each in [each for samples in self._open.values() for each in samples]:
-            self.scheduler.remove(each)
+            self._drop(each)
         self._open.clear()
         self._events.clear()
         self.forget()

@@ -8,8 +8,8 @@ invariant speculation, Daliri et al. 2024), so it mostly draws the same id where
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from puna.infer.goodput import Goodput, Times
@@ -18,34 +18,36 @@ from puna.infer.sample import Sample
 from puna.infer.scheduler import Chunk
 
 
-@runtime_checkable
-class Proposer(Protocol):
+class Proposer(ABC):
     """Whoever guesses. Wrong guesses cost time and nothing else."""
 
-    def propose(self, samples: Sequence[Sample], counts: Sequence[int]) -> list[list[int]]:
-        """For each sample at most so many ids that may follow its `text.ids`."""
-        ...
+    @abstractmethod
+    def propose(self, samples: Sequence[Sample], counts: Sequence[int], cache: PagedCache) -> list[list[int]]:
+        """For each sample at most so many ids that may follow its `text.ids`.
 
-    def end(self, sample: Sample) -> None:
+        Args:
+            cache: the engine's; it has room for the guesses after each sample's ids.
+        """
+
+    def end(self, sample: Sample) -> None:  # noqa: B027 (few keep anything)
         """Nothing more is asked about this sample."""
-        ...
+
+    def release(self) -> None:  # noqa: B027
+        """Give memory back."""
 
 
-class Guesses:
+class Guesses(Proposer):
     """A function (ids so far, most ids) -> ids as a proposer."""
 
     def __init__(self, guess: Callable[[Sequence[int], int], Sequence[int]]):
         self.guess = guess
 
-    def propose(self, samples: Sequence[Sample], counts: Sequence[int]) -> list[list[int]]:
+    def propose(self, samples: Sequence[Sample], counts: Sequence[int], cache: PagedCache) -> list[list[int]]:
         """See `Proposer`."""
         return [list(self.guess(s.text.ids, n))[:n] if n else [] for s, n in zip(samples, counts, strict=True)]
 
-    def end(self, sample: Sample) -> None:
-        """See `Proposer`."""
 
-
-class Lookup:
+class Lookup(Proposer):
     """What followed when the text last ended in the same ids (prompt look-up, Saxena 2023).
 
     Args:
@@ -56,7 +58,7 @@ class Lookup:
         self.sizes = sizes
         self._indices: WeakKeyDictionary[Sample, _Index] = WeakKeyDictionary()
 
-    def propose(self, samples: Sequence[Sample], counts: Sequence[int]) -> list[list[int]]:
+    def propose(self, samples: Sequence[Sample], counts: Sequence[int], cache: PagedCache) -> list[list[int]]:
         """See `Proposer`."""
         return [self._index(s).following(s.text.ids, n) if n else [] for s, n in zip(samples, counts, strict=True)]
 
@@ -113,7 +115,7 @@ class Speculation:
         if not any(counts):
             return chunks
         counts = [n if cache.reserve(s.text, n) else 0 for s, n in zip(samples, counts, strict=True)]
-        proposals = self.proposer.propose(samples, counts)
+        proposals = self.proposer.propose(samples, counts, cache)
         self._guessing = self.clock() - self._started
         return [chunk._replace(guess=tuple(ids)) for chunk, ids in zip(chunks, proposals, strict=True)]
 
