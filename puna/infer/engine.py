@@ -5,13 +5,15 @@ prompts that wait as fits beside them (Orca, Yu et al. 2022; chunked prefill, Ag
 does not depend on the others: `generate` is the oracle.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from puna.errors import ResourceError, UsageError
+from puna.infer.adapters import Adapters
 from puna.infer.forward import Row, forward
 from puna.infer.paged_cache import PagedCache
 from puna.infer.request import Event, FinishReason, Likelihood, Request, Result, TokenLogprob
@@ -38,6 +40,7 @@ class Engine:
         tokens: what the cache holds; by default `batch` whole contexts, in at most 1 GB.
         batch: most texts written at a time.
         chunk: most tokens of a step, as long as every text gets one.
+        adapters: LoRA directories by the names that requests ask for.
         speculate: guesses ids, which makes texts come sooner and changes none of them.
     """
 
@@ -49,6 +52,7 @@ class Engine:
         tokens: int | None = None,
         batch: int = 32,
         chunk: int = 512,
+        adapters: Mapping[str, str | Path] | None = None,
         speculate: Proposer | Speculation | None = None,
     ):
         self.model, self.decode = model, decode
@@ -61,6 +65,7 @@ class Engine:
         self._open: dict[int, list[Sample]] = {}
         self._events: list[Event] = []
         self._weights, self._forgotten = WeightWatch(model), 0
+        self.adapters = Adapters(model, adapters)
         self.speculation = Speculation(speculate) if isinstance(speculate, Proposer) else speculate
 
     def add(self, request: Request) -> int:
@@ -130,12 +135,14 @@ class Engine:
             raise
         return [results[number] for number in numbers]
 
-    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+    def score(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, adapter: str | None = None
+    ) -> list[Likelihood]:
         """log p(continuation | context) of each (context ids, continuation ids); what rows share is computed once."""
         # Sorted, texts with a common beginning follow each other while it is in the cache.
         order = sorted(range(len(rows)), key=lambda i: [*rows[i][0], *rows[i][1]])
         nothing = Sampling(max_tokens=0)
-        asked = [Request([*rows[i][0], *rows[i][1]], nothing, score_from=len(rows[i][0])) for i in order]
+        asked = [Request([*rows[i][0], *rows[i][1]], nothing, adapter, score_from=len(rows[i][0])) for i in order]
         found = dict(zip(order, self.run(asked), strict=True))
         return [_likelihood(found[i]) for i in range(len(rows))]
 
@@ -143,6 +150,24 @@ class Engine:
         """Do not use what is cached for new requests. Needed only after weights changed unseen (through `.data`)."""
         self._forgotten += 1
         self.cache.blocks.forget()
+
+    def add_adapter(self, name: str, folder: str | Path) -> None:
+        """Read a LoRA directory that requests may ask for by this name; it replaces one of the same name.
+
+        Raises:
+            CheckpointError: it does not fit the model. UsageError: requests are being written with one of this name.
+        """
+        self._refuse_open(name)
+        self.adapters.add(name, folder)
+
+    def remove_adapter(self, name: str) -> None:
+        """Give an adapter's memory back.
+
+        Raises:
+            UsageError: there is none of this name, or requests are being written with it.
+        """
+        self._refuse_open(name)
+        self.adapters.remove(name)
 
     def release(self) -> None:
         """Give the cache's memory back, until it is needed again.
@@ -161,13 +186,15 @@ class Engine:
             if self._weights.changed():
                 self.forget()
             for each in self.scheduler.waiting:
-                each.first_key = f"{self._forgotten} {each.request.adapter}".encode()
-        return self.scheduler.plan()
+                each.first_key = f"{self._forgotten} {self.adapters.key(each.request.adapter)}".encode()
+        return sorted(self.scheduler.plan(), key=lambda chunk: self.adapters.key(chunk.sample.request.adapter))
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
         """The final hidden states of the chunks' tokens: (N, dim)."""
         rows = [Row(chunk.ids, chunk.start, chunk.sample.text.table) for chunk in chunks]
-        return forward(self.model, self.cache, rows)
+        adapters = [(chunk.sample.request.adapter, len(chunk.ids)) for chunk in chunks]
+        with self.adapters.on(adapters):
+            return forward(self.model, self.cache, rows)
 
     def _postprocess(self, chunks: list[Chunk], hidden: Tensor) -> None:
         """Score prompts, and choose the next ids of every sample whose ids are all computed."""
@@ -209,6 +236,10 @@ class Engine:
         elif new:
             self._events.append(Event(each.number, each.index, new))
 
+    def _refuse_open(self, adapter: str) -> None:
+        if any(samples[0].request.adapter == adapter for samples in self._open.values()):
+            raise UsageError(f"requests are being written with `{adapter}`", fix="finish or cancel them first")
+
     def _finish(self, each: Sample, reason: FinishReason, new: tuple[int, ...] = ()) -> None:
         each.finished = reason
         self._drop(each)
@@ -243,6 +274,7 @@ class Engine:
             raise UsageError(f"the prompt has {length} tokens, the context holds {limit}", fix="a shorter prompt")
         if request.score_from is not None and not 1 <= request.score_from <= length:
             raise UsageError(f"score_from={request.score_from}: nothing predicts the first id", fix=f"1..{length}")
+        self.adapters.check(request.adapter)
         if request.sampling.stop and self.decode is None:
             raise UsageError("stop strings need text, the engine has ids", fix="Engine(model, decode=tokenizer.decode)")
         held, needed = self.cache.blocks.count * BLOCK, min(limit, length + request.sampling.max_tokens)
