@@ -50,7 +50,7 @@ def generate(
     from puna.infer.llama import load
 
     text = _prompt(prompt)
-    llama = load(model, dtype=dtype, device=device)
+    llama = load(model, dtype=dtype, device=device, packed="auto")
     before = llama.encode(text, special=special)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "n": n}
     penalties = {"repetition_penalty": repetition_penalty, "stop": stop or [], "logprobs": logprobs}
