@@ -102,13 +102,14 @@ def _source(layer: nn.Module | None) -> Tensor | Packed | None:
 def _described(block: Block, sources: list[Tensor | Packed]) -> Weights | None:
     if len(sources) < len(_NAMES) + 2:
         return None
-    *linears, first, second = sources
-    weights = [x.native if isinstance(x, Packed) else plain_weight(x) for x in linears]
-    norms = {x.dtype for x in (first, second) if isinstance(x, Tensor)}
-    if any(w is None for w in weights) or norms not in ({torch.float32}, {torch.bfloat16}):
+    linears = [x.native if isinstance(x, Packed) else plain_weight(x) for x in sources[: len(_NAMES)]]
+    weights = [weight for weight in linears if weight is not None]
+    norms = [x for x in sources[len(_NAMES) :] if isinstance(x, Tensor)]
+    dtypes = {x.dtype for x in norms}
+    if len(weights) < len(_NAMES) or dtypes not in ({torch.float32}, {torch.bfloat16}):
         return None
     dim = block.self_attn.head_dim
-    heads, kv_heads = (w.out // dim for w in weights[:2])
-    norms_bf16 = norms == {torch.bfloat16}
-    pointers = (x.data_ptr() for x in (first, second))
-    return Weights(*weights, *pointers, heads, kv_heads, dim, block.input_layernorm.eps, norms_bf16)
+    heads, kv_heads = (weight.out // dim for weight in weights[:2])
+    pointers = (x.data_ptr() for x in norms)
+    bf16 = dtypes == {torch.bfloat16}
+    return Weights(*weights, *pointers, heads, kv_heads, dim, block.input_layernorm.eps, bf16)
