@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from puna.errors import UsageError
-from puna.infer.sampling import sample
+from puna.infer.sampling import Filters, Sampling, sample
 from puna.model.cache import KVCache
 from puna.model.mode import evaluating
 from puna.model.transformer import Transformer
@@ -36,8 +36,7 @@ def generate(
     vocab_size = model.config.vocab_size
     if any(not 0 <= token < vocab_size for prompt in prompts for token in prompt):
         raise UsageError(f"a prompt has an id outside 0..{vocab_size - 1}", cause="ids of another tokenizer")
-    if temperature < 0 or not 0 <= top_p <= 1:
-        raise UsageError(f"temperature={temperature} and top_p={top_p} cannot be", fix="temperature >= 0, top_p <= 1")
+    sampling = Sampling(temperature=temperature, top_p=top_p)
     longest = max(map(len, prompts), default=0)
     limit = model.config.max_seq_len
     if not prompts or not all(prompts):
@@ -45,7 +44,8 @@ def generate(
     if longest >= limit:
         raise UsageError(f"the prompt has {longest} tokens, the context holds {limit}", fix="a shorter prompt")
     device = next(model.parameters()).device
-    generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    filters = Filters.of([sampling] * len(prompts), device)
     cache = KVCache(model.config, len(prompts), min(limit, longest + max_tokens), model.compute_dtype, device)
     with evaluating(model):
         if shared := _shared(prompts):
@@ -60,7 +60,8 @@ def generate(
         while not all(done):
             hidden = model(tokens, positions=positions, cache=cache, head=False)
             hidden = hidden[torch.arange(len(prompts), device=device), last.clamp(max=hidden.shape[1] - 1)]
-            chosen = sample(model.lm_head(hidden), temperature, top_p, generators)
+            drawn = [float(torch.rand(1, generator=generator)) for generator in generators]
+            chosen = sample(model.lm_head(hidden), filters, drawn)
             for row, token in enumerate(chosen.tolist()):
                 if not done[row]:
                     out[row].append(token)

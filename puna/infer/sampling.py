@@ -1,26 +1,144 @@
-"""From logits to the next id."""
+"""From logits to the next ids: a row each, every row by its own parameters."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from puna.errors import UsageError
 
-def sample(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:
+_GREEDY = 1e-4  # dividing by less overflows
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request is continued. Filters apply in the order of the fields; the defaults do nothing."""
+
+    max_tokens: int = 256
+    """Most ids to add; 0 only reads the prompt."""
+    temperature: float = 0.0
+    """Divides the logits; 0 always takes the most likely id."""
+    top_k: int = 0
+    """Keep this many of the most likely ids; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the most likely ids up to and including the one that crosses this probability (Llama 2's rule)."""
+    min_p: float = 0.0
+    """Drop ids less likely than this part of the most likely one (Nguyen et al. 2024)."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of ids in prompt and answer, multiplies negative ones (CTRL, Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every id the answer has (OpenAI)."""
+    frequency_penalty: float = 0.0
+    """The same, once for each time the answer has it."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these ids."""
+    seed: int = 0
+    """Same seed and prompt, same answer, whoever else is served. Sample i of n has the seed `seed + i`."""
+    n: int = 1
+    """Samples of the prompt."""
+    stop_ids: Sequence[int] = ()
+    """Ids that end an answer; the one that did is its last id."""
+    stop: Sequence[str] = ()
+    """Strings that end an answer and are cut out of it; the engine needs `decode` for them."""
+    logprobs: int | None = None
+    """0: log-probabilities of the chosen ids; k: also of the k most likely ones. Of the model, before all the above."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UsageError: a value outside its range.
+        """
+        right = {
+            "max_tokens": self.max_tokens >= 0, "temperature": self.temperature >= 0, "top_k": self.top_k >= 0,
+            "top_p": 0 <= self.top_p <= 1, "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0, "n": self.n >= 1,
+            "logprobs": self.logprobs is None or self.logprobs >= 0, "stop": all(self.stop),
+        }  # fmt: skip
+        if wrong := [f"{name}={getattr(self, name)!r}" for name, fits in right.items() if not fits]:
+            fix = "temperature, top_k >= 0; top_p, min_p in 0..1; repetition_penalty > 0; n >= 1; no empty stop string"
+            raise UsageError(f"{' and '.join(wrong)} cannot be", fix=fix)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """The parameters of B rows as columns (B, 1); None where no row has any use for one."""
+
+    greedy: Tensor | None
+    """Rows that take the most likely id; None: all of them."""
+    temperature: Tensor
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling], device: torch.device) -> "Filters":
+        def column(values: Iterable[float]) -> Tensor:
+            return torch.tensor(list(values), device=device)[:, None]
+
+        greedy = [row.temperature < _GREEDY for row in rows]
+        drawn = [row for row in rows if row.temperature >= _GREEDY]
+        return cls(
+            None if all(greedy) else column(greedy),
+            column(1.0 if cold else row.temperature for row, cold in zip(rows, greedy, strict=True)),
+            column(row.top_k for row in rows) if any(row.top_k for row in drawn) else None,
+            column(row.top_p for row in rows) if any(row.top_p < 1 for row in drawn) else None,
+            column(row.min_p for row in rows) if any(row.min_p for row in drawn) else None,
+        )
+
+
+def sample(logits: Tensor, filters: Filters, drawn: Sequence[float]) -> Tensor:
     """One id a row: (B, V) -> (B,) int64.
 
     Args:
-        temperature: 0 takes the most likely id.
-        top_p: keeps the most likely ids up to and including the one that crosses this probability (Llama 2's rule).
-        generators: one a row, so that a row's text does not depend on the rows beside it.
+        drawn: a number in 0..1 for each row, which alone decides what a row that is not greedy takes.
     """
-    if temperature < 1e-4:  # dividing by less overflows
-        return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        ordered, index = probabilities.sort(descending=True)
-        ordered[ordered.cumsum(-1) - ordered > top_p] = 0
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, index, ordered)
+    best = logits.argmax(-1)
+    if filters.greedy is None:
+        return best
     # By the inverse of the distribution function: multinomial draws a random number for every id of the vocabulary.
-    total = probabilities.cumsum(-1)
-    drawn = torch.cat([torch.rand(1, generator=g, device=logits.device) for g in generators])[:, None]
-    below = (drawn * total[:, -1:]).minimum(total[:, -1:] * (1 - 2**-23))  # rounding must not reach past the last id
-    return torch.searchsorted(total, below, right=True).squeeze(-1)
+    total = probabilities(logits, filters).cumsum(-1)
+    aim = torch.tensor(drawn, device=logits.device)[:, None] * total[:, -1:]
+    below = aim.minimum(total[:, -1:] * (1 - 2**-23))  # rounding must not reach past the last id
+    return torch.where(filters.greedy[:, 0], best, torch.searchsorted(total, below, right=True)[:, 0])
+
+
+def probabilities(logits: Tensor, filters: Filters) -> Tensor:
+    """What is drawn from, up to a factor: (B, V) fp32, zero where a filter dropped an id. Equals are kept together."""
+    p = (logits.float() / filters.temperature).softmax(-1)
+    if filters.top_k is not None:
+        count = torch.where(filters.top_k > 0, filters.top_k, p.shape[-1]).clamp(max=p.shape[-1])
+        p = p * (p >= p.topk(int(count.max())).values.gather(-1, count - 1))
+    if filters.top_p is not None:
+        ordered = p.sort(descending=True).values
+        before = ordered.cumsum(-1) - ordered
+        kept = before <= filters.top_p * p.sum(-1, keepdim=True)
+        p = p * ((p >= ordered.gather(-1, kept.sum(-1, keepdim=True) - 1)) | (filters.top_p >= 1))
+    if filters.min_p is not None:
+        p = p * (p >= filters.min_p * p.amax(-1, keepdim=True))
+    return p
+
+
+def penalized(logits: Tensor, rows: Sequence[tuple[Sampling, Sequence[int], Sequence[int]]]) -> Tensor:
+    """Logits (B, V) with the biases and penalties of each row (its parameters, its prompt, its answer so far)."""
+    if not any(_changes_logits(sampling) for sampling, _, _ in rows):
+        return logits
+    logits = logits.float().clone()
+    for row, (sampling, prompt, answer) in zip(logits, rows, strict=True):
+        if sampling.repetition_penalty != 1:
+            seen = torch.tensor([*{*prompt, *answer}], device=row.device)
+            row[seen] *= torch.where(row[seen] > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            counts = Counter(answer)
+            ids, often = (torch.tensor([*x], device=row.device, dtype=torch.long) for x in (counts, counts.values()))
+            row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * often
+        if sampling.logit_bias:
+            bias = torch.tensor([*sampling.logit_bias.values()], device=row.device)
+            row[torch.tensor([*sampling.logit_bias], device=row.device)] += bias
+    return logits
+
+
+def _changes_logits(sampling: Sampling) -> bool:
+    penalties = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1
+    return any(penalties) or bool(sampling.logit_bias)

@@ -1,0 +1,247 @@
+"""Many requests written at once over one cache: add, schedule, run, postprocess. Ids only.
+
+A step is one forward over a flat row of tokens: the next token of every text that is being written, and as much of the
+prompts that wait as fits beside them (Orca, Yu et al. 2022; chunked prefill, Agrawal et al. 2023). What a request gets
+does not depend on the others: `generate` is the oracle.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from puna.errors import ResourceError, UsageError
+from puna.infer.paged_cache import PagedCache
+from puna.infer.request import Event, FinishReason, Likelihood, Request, Result
+from puna.infer.sample import Sample
+from puna.infer.sampling import Filters, Sampling, penalized, sample
+from puna.infer.scheduler import Chunk, Scheduler
+from puna.infer.scoring import logprobs, score_prompts
+from puna.infer.stopping import Decode
+from puna.infer.weights import WeightWatch
+from puna.model.mode import evaluating
+from puna.model.transformer import Transformer
+from puna.ops.paged_attention import BLOCK, Piece
+
+_CACHE_BYTES = 2**30  # unless one whole context takes more
+
+
+class Engine:
+    """Continues and scores prompts with `model`, whose weights it uses where they are.
+
+    Weights may be trained between steps: what the cache holds of older ones is not used for new requests.
+
+    Args:
+        decode: ids -> text, needed for stop strings only.
+        tokens: what the cache holds; by default `batch` whole contexts, in at most 1 GB.
+        batch: most texts written at a time.
+        chunk: most tokens of a step, as long as every text gets one.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        decode: Decode | None = None,
+        tokens: int | None = None,
+        batch: int = 32,
+        chunk: int = 512,
+    ):
+        self.model, self.decode = model, decode
+        self.device = next(model.parameters()).device
+        count = -(-(tokens or _default_tokens(model, batch)) // BLOCK)
+        self.cache = PagedCache(model.config, count, model.compute_dtype, self.device)
+        self.scheduler = Scheduler(self.cache, batch, chunk)
+        self.added = 0
+        """Requests taken in so far: the number of the next one."""
+        self._open: dict[int, list[Sample]] = {}
+        self._events: list[Event] = []
+        self._weights, self._forgotten = WeightWatch(model), 0
+
+    def add(self, request: Request) -> int:
+        """Take a request in; its number, which its events have.
+
+        Raises:
+            UsageError: a prompt that is empty, too long, or has ids outside the vocabulary; stop strings without
+                `decode`. ResourceError: the cache could not hold it even alone.
+        """
+        self._check(request)
+        number, self.added = self.added, self.added + 1
+        limit = self.model.config.max_seq_len
+        self._open[number] = [Sample(number, i, request, limit, self.decode) for i in range(request.sampling.n)]
+        for each in list(self._open[number]):
+            if each.goal:
+                self.scheduler.waiting.append(each)
+            else:  # nothing to write, nothing to score
+                self._finish(each, "length")
+        return number
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do or to tell."""
+        return bool(self._open or self._events)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One forward, and what it did. Nothing to do: nothing."""
+        try:
+            if chunks := self._schedule():
+                self._postprocess(chunks, self._run(chunks))
+        except BaseException:  # what the cache believes it holds may never have been computed
+            self._abandon()
+            raise
+        events, self._events = self._events, []
+        return events
+
+    def cancel(self, number: int) -> None:
+        """End a request with what it has. Its last event comes with the next step; a finished one is left alone."""
+        for each in self._open.get(number, []):
+            if each.finished is None:
+                self._finish(each, "cancelled")
+
+    def run(self, requests: Sequence[Request], on_event: Callable[[Event], None] | None = None) -> list[Result]:
+        """The results of these requests, in their order.
+
+        Args:
+            on_event: called with what each step did; it may cancel. The first request has the number `added` was.
+        """
+        numbers = [self.add(request) for request in requests]
+        results: dict[int, Result] = {}
+        try:
+            while len(results) < len(numbers):
+                for event in self.step():
+                    if event.result is not None:
+                        results[event.request] = event.result
+                    if on_event is not None:
+                        on_event(event)
+        except BaseException:  # Ctrl-C above all: the engine stays usable
+            for number in numbers:
+                self.cancel(number)
+            self._events = [event for event in self._events if event.request not in numbers]
+            raise
+        return [results[number] for number in numbers]
+
+    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        """log p(continuation | context) of each (context ids, continuation ids); what rows share is computed once."""
+        # Sorted, texts with a common beginning follow each other while it is in the cache.
+        order = sorted(range(len(rows)), key=lambda i: [*rows[i][0], *rows[i][1]])
+        nothing = Sampling(max_tokens=0)
+        asked = [Request([*rows[i][0], *rows[i][1]], nothing, score_from=len(rows[i][0])) for i in order]
+        found = dict(zip(order, self.run(asked), strict=True))
+        return [_likelihood(found[i]) for i in range(len(rows))]
+
+    def forget(self) -> None:
+        """Do not use what is cached for new requests. Needed only after weights changed unseen (through `.data`)."""
+        self._forgotten += 1
+        self.cache.blocks.forget()
+
+    def release(self) -> None:
+        """Give the cache's memory back, until it is needed again.
+
+        Raises:
+            UsageError: requests are still being written.
+        """
+        if self._open:
+            raise UsageError("the engine is still writing", fix="finish or cancel its requests first")
+        self.cache.release()
+
+    def _schedule(self) -> list[Chunk]:
+        if self.scheduler.waiting:
+            if self._weights.changed():
+                self.forget()
+            for each in self.scheduler.waiting:
+                each.first_key = f"{self._forgotten} {each.request.adapter}".encode()
+        return self.scheduler.plan()
+
+    def _run(self, chunks: list[Chunk]) -> Tensor:
+        """The final hidden states of the chunks' tokens: (N, dim)."""
+        ids = [i for s, start, length in chunks for i in s.text.ids[start : start + length]]
+        places = [p for _, start, length in chunks for p in range(start, start + length)]
+        tokens, positions = torch.tensor([[ids], [places]], device=self.device)
+        cache = self.cache.step([Piece(start, length, s.text.table) for s, start, length in chunks])
+        with evaluating(self.model):
+            hidden = self.model(tokens, positions=positions, cache=cache, head=False)[0]
+        self.cache.blocks.computed()
+        return hidden
+
+    def _postprocess(self, chunks: list[Chunk], hidden: Tensor) -> None:
+        """Score prompts, and choose the next id of every sample whose ids are all computed."""
+        score_prompts(chunks, hidden, self.model.lm_head, self.model.config.vocab_size)
+        first, written, rows = 0, list[Sample](), list[int]()
+        for each, start, length in chunks:
+            first += length
+            if start + length == len(each.text.ids):
+                written.append(each)
+                rows.append(first - 1)
+            elif start + length == each.goal:
+                self._finish(each, "length")
+        if written:
+            self._extend(written, self.model.lm_head(hidden[rows]))
+
+    def _extend(self, samples: list[Sample], logits: Tensor) -> None:
+        """Choose the next id of each sample: logits (B, V)."""
+        asked = [each.request.sampling for each in samples]
+        changed = penalized(logits, [(each.request.sampling, each.request.prompt, each.answer) for each in samples])
+        chosen = sample(changed, Filters.of(asked, logits.device), [each.draw() for each in samples])
+        told = logprobs(logits, chosen, [sampling.logprobs for sampling in asked])
+        for each, token, logprob in zip(samples, chosen.tolist(), told, strict=True):
+            new = each.accept(token, logprob)
+            if each.finished:
+                self._finish(each, each.finished, new)
+            elif new:
+                self._events.append(Event(each.number, each.index, new))
+
+    def _finish(self, each: Sample, reason: FinishReason, new: tuple[int, ...] = ()) -> None:
+        each.finished = reason
+        self.scheduler.remove(each)
+        samples = self._open[each.number]
+        result = _result(samples) if all(s.finished for s in samples) else None
+        if result is not None:
+            del self._open[each.number]
+        if new or result is not None:
+            self._events.append(Event(each.number, each.index, new, result))
+
+    def _abandon(self) -> None:
+        """Drop every request and whatever the cache may hold of them."""
+        for each in [each for samples in self._open.values() for each in samples]:
+            self.scheduler.remove(each)
+        self._open.clear()
+        self._events.clear()
+        self.forget()
+
+    def _check(self, request: Request) -> None:
+        length, limit = len(request.prompt), self.model.config.max_seq_len
+        vocab_size = self.model.config.vocab_size
+        if not length:
+            raise UsageError("an empty prompt has nothing to continue", fix="at least one token, BOS will do")
+        if any(not 0 <= token < vocab_size for token in request.prompt):
+            raise UsageError(f"a prompt has an id outside 0..{vocab_size - 1}", cause="ids of another tokenizer")
+        if length + (request.sampling.max_tokens > 0) > limit:
+            raise UsageError(f"the prompt has {length} tokens, the context holds {limit}", fix="a shorter prompt")
+        if request.score_from is not None and not 1 <= request.score_from <= length:
+            raise UsageError(f"score_from={request.score_from}: nothing predicts the first id", fix=f"1..{length}")
+        if request.sampling.stop and self.decode is None:
+            raise UsageError("stop strings need text, the engine has ids", fix="Engine(model, decode=tokenizer.decode)")
+        held, needed = self.cache.blocks.count * BLOCK, min(limit, length + request.sampling.max_tokens)
+        if needed > held:
+            raise ResourceError(f"a request of {needed} tokens, the cache holds {held}", fix="Engine(tokens=...)")
+
+
+def _default_tokens(model: Transformer, batch: int) -> int:
+    """What `batch` contexts take, in at most _CACHE_BYTES, but one context in any case."""
+    config = model.config
+    size = 2 * config.n_layers * config.n_kv_heads * config.head_dim * model.compute_dtype.itemsize  # bytes a token
+    return max(config.max_seq_len, min(batch * config.max_seq_len, _CACHE_BYTES // size))
+
+
+def _result(samples: list[Sample]) -> Result:
+    first, completions = samples[0], tuple(each.completion() for each in samples)
+    if first.request.score_from is None:
+        return Result(completions)
+    return Result(completions, tuple(first.prompt_logprobs), first.prompt_greedy)
+
+
+def _likelihood(result: Result) -> Likelihood:
+    assert result.prompt_logprobs is not None
+    assert result.prompt_greedy is not None
+    return Likelihood(sum(result.prompt_logprobs), result.prompt_greedy, result.prompt_logprobs)

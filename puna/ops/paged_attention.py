@@ -1,0 +1,138 @@
+"""Attention over a cache of blocks: a plain oracle, and rows of like size computed together. One signature.
+
+Keys and values of a layer lie in a pool (blocks, K, BLOCK, D): those of position p of a text in slot p % BLOCK of block
+p // BLOCK of its table. A step is one flat row of N tokens: pieces of several texts one after another, each continuing
+what its table holds (Kwon et al. 2023, with prompts and single tokens in the same pass).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from puna.ops.attention import attention, attention_eager
+
+BLOCK = 32  # tokens: 4 kB of bf16 keys of 64 a head, long enough to be read at full speed
+
+
+class Piece(NamedTuple):
+    """The tokens start .. start + length - 1 of a text, whose keys and values lie in the blocks of `table`."""
+
+    start: int
+    length: int
+    table: list[int]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pieces of about one size: B of them, padded to T queries and M blocks."""
+
+    rows: Tensor
+    """(B, T) places in the flat row; padding repeats a piece's last token."""
+    real: Tensor | None
+    """(B, T) what is not padding; None: all."""
+    tables: Tensor
+    """(B, M) blocks; padding is block 0, which the mask hides."""
+    lengths: Tensor
+    """(B,) tokens that the last query sees."""
+    mask: Tensor | None
+    """(B, 1, T, M * BLOCK) what a query sees; None: the pieces are whole beginnings, seen causally."""
+
+
+class Pieces:
+    """Where the tokens of a step go, and what each sees: made once, used by every layer."""
+
+    def __init__(self, pieces: list[Piece], device: torch.device):
+        self.pieces = pieces
+        self.blocks = torch.tensor([t[p // BLOCK] for s, n, t in pieces for p in range(s, s + n)], device=device)
+        self.slots = torch.tensor([p % BLOCK for s, n, _ in pieces for p in range(s, s + n)], device=device)
+        first, by_size = 0, dict[tuple[int, int, bool], list[tuple[int, Piece]]]()
+        for piece in pieces:
+            by_size.setdefault(_size(piece), []).append((first, piece))
+            first += piece.length
+        self.groups = [_group(members, device) for members in by_size.values()]
+        self.tokens = first
+
+
+def paged_attention_eager(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Tensor:
+    """The oracle: one piece after another, each over its own keys and values laid out in a row.
+
+    Args:
+        q: (1, H, N, D); k, v: (1, K, N, D) of the step's tokens, which are stored first.
+        keys, values: (blocks, K, BLOCK, D), changed in place.
+
+    Returns:
+        (1, H, N, D).
+    """
+    _store(k, v, keys, values, pieces)
+    out, first = torch.empty_like(q), 0
+    for start, length, table in pieces.pieces:
+        end = start + length
+        one = slice(first, first + length)
+        k, v = (x[table].transpose(0, 1).flatten(1, 2)[None, :, :end] for x in (keys, values))  # (1, K, end, D)
+        seen = torch.arange(end, device=q.device) <= torch.arange(start, end, device=q.device)[:, None]
+        out[:, :, one] = attention_eager(q[:, :, one], k, v, seen[None, None])
+        first += length
+    return out
+
+
+def paged_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Tensor:
+    """`paged_attention_eager` for pieces of one size at a time."""
+    _store(k, v, keys, values, pieces)
+    if len(pieces.groups) == 1 and pieces.groups[0].rows.shape[1] == 1:  # single tokens only: nothing to pick or place
+        heads = _of_group(q.permute(2, 1, 0, 3), k, v, keys, values, pieces.groups[0])
+        return heads.permute(2, 1, 0, 3)
+    out = torch.empty_like(q[0]).transpose(0, 1)  # (N, H, D)
+    for group in pieces.groups:
+        heads = _of_group(q[0][:, group.rows].transpose(0, 1), k, v, keys, values, group)
+        heads = heads.transpose(1, 2)  # (B, T, H, D)
+        if group.real is None:
+            out[group.rows] = heads
+        else:
+            out[group.rows[group.real]] = heads[group.real]
+    return out.transpose(0, 1)[None]
+
+
+def _of_group(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, group: Group) -> Tensor:
+    """(B, H, T, D) -> (B, H, T, D)."""
+    if group.mask is None:
+        return attention(q, *(x[0][:, group.rows].transpose(0, 1) for x in (k, v)))
+    return attention(q, _gathered(keys, group.tables), _gathered(values, group.tables), group.mask)
+
+
+def _store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> None:
+    keys[pieces.blocks, :, pieces.slots] = k[0].transpose(0, 1)
+    values[pieces.blocks, :, pieces.slots] = v[0].transpose(0, 1)
+
+
+def _gathered(pool: Tensor, tables: Tensor) -> Tensor:
+    """(blocks, K, BLOCK, D) by (B, M) -> (B, K, M * BLOCK, D), each block of a head copied in one piece."""
+    (_, heads, block, dim), (batch, count) = pool.shape, tables.shape
+    index = tables[:, None, :] * heads + torch.arange(heads, device=tables.device)[:, None]  # (B, K, M)
+    picked = pool.view(-1, block * dim).index_select(0, index.flatten())
+    return picked.view(batch, heads, count * block, dim)
+
+
+def _size(piece: Piece) -> tuple[int, int, bool]:
+    """What pieces of a group have in common: about their queries (a quarter more) and blocks (twice), and whether they
+    begin their text. A group costs as much as 50 blocks, so tighter ones do not pay."""
+    step = 1 << max(0, (piece.length - 1).bit_length() - 2)
+    blocks = -(-(piece.start + piece.length) // BLOCK)
+    return -(-piece.length // step) * step, (blocks - 1).bit_length(), piece.start == 0 and piece.length > 1
+
+
+def _group(members: list[tuple[int, Piece]], device: torch.device) -> Group:
+    longest = max(piece.length for _, piece in members)
+    first = torch.tensor([first for first, _ in members])[:, None]
+    count = torch.tensor([piece.length for _, piece in members])[:, None]
+    start = torch.tensor([piece.start for _, piece in members])[:, None]
+    step = torch.arange(longest)
+    place = step.minimum(count - 1)  # (B, T)
+    real = None if bool((count == longest).all()) else (step < count).to(device)
+    width = -(-int((start + count).max()) // BLOCK)
+    tables = torch.tensor([(piece.table + [0] * width)[:width] for _, piece in members])
+    whole = longest > 1 and not bool(start.any())
+    mask = None if whole else (torch.arange(width * BLOCK) <= (start + place)[:, :, None])[:, None].to(device)
+    lengths = (start + count).flatten()
+    return Group((first + place).to(device), real, tables.to(device), lengths.to(device), mask)
