@@ -33,7 +33,7 @@ def chat(
     from puna.infer.llama import load
 
     offered = _read_tools(tools) if tools else None
-    llama = load(model, dtype=dtype)
+    llama = load(model, dtype=dtype, packed="auto")
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     # a template that is missing, or has no place for tools, is told before anyone types

@@ -36,7 +36,7 @@ def generate(
     from puna.infer.llama import load
 
     text = _prompt(prompt)
-    llama = load(model, dtype=dtype, device=device)
+    llama = load(model, dtype=dtype, device=device, packed="auto")
     before = llama.encode(text, special=special)
     ids = llama.continue_ids([before], max_tokens, temperature=temperature, top_p=top_p, seed=seed)[0]
     stopped = ids[-1] in llama.stop_ids

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,15 +13,21 @@ from torch import Tensor
 from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import base_of, load_adapter, tokenizer_of
 from puna.checkpoint.model_directory import save_model
+from puna.checkpoint.names import DTYPES
+from puna.checkpoint.quantized import packed_tensors
 from puna.checkpoint.registry import find_model, open_model
 from puna.device import choose_device, choose_dtype
 from puna.errors import UsageError
 from puna.files import as_path, atomic_folder
 from puna.infer.generate import generate
 from puna.lineage import lineage
+from puna.log import log
 from puna.model.config import count_parameters
 from puna.model.resize import resize_embeddings
 from puna.model.transformer import Transformer
+from puna.ops.native.library import native
+from puna.ops.packed_layers import packed_layers
+from puna.quant.quantize import put
 from puna.tokenizer.chat.format import ChatFormat
 from puna.tokenizer.chat.messages import Message, Tool
 from puna.tokenizer.tokenizer import Tokenizer
@@ -41,9 +47,10 @@ class Llama:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        weight = self.model.embed_tokens.weight
+        weight = self.model.norm.weight
+        kept = "packed weights, " if packed_layers(self.model) else ""
         count = count_parameters(self.model.config)
-        return f"Llama({str(self.path)!r}: {count:,} parameters, {str(weight.dtype)[6:]} on {weight.device})"
+        return f"Llama({str(self.path)!r}: {count:,} parameters, {kept}{str(weight.dtype)[6:]} on {weight.device})"
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of a raw prompt, with BOS where the tokenizer's config asks for it."""
@@ -126,17 +133,21 @@ class Llama:
         """
         with atomic_folder(as_path(path)) as folder:
             made_from = made_from or lineage("save", [self.path])
-            save_model(folder, self.model, self.tokenizer, dtype, dict(made_from), self.stop_ids)
+            packed = packed_tensors(self.model, DTYPES[dtype]) if packed_layers(self.model) else ({}, {})
+            save_model(folder, self.model, self.tokenizer, dtype, dict(made_from), self.stop_ids, packed)
 
 
 def load(
-    path: str | Path, dtype: str = "auto", device: str = "auto", *, variables: Mapping[str, Any] | None = None
-) -> Llama:
+    path: str | Path, dtype: str = "auto", device: str = "auto", *, variables: Mapping[str, Any] | None = None,
+    packed: bool | Literal["auto"] = False,
+) -> Llama:  # fmt: skip
     """Load a model or adapter directory, a run folder, a .gguf file, or a registered name such as smollm2-135m.
 
     Args:
         dtype: fp32, bf16, fp64, or auto: bf16 where the hardware has native bf16.
         variables: for the chat template, such as {"builtin_tools": ["brave_search"]} or {"date_string": "01 Mar 2025"}.
+        packed: compute in quantized weights as they are stored, instead of dequantizing them; auto: where kernels for
+            that are at hand. Packed weights are frozen.
 
     Raises:
         CheckpointError: not a model, or damaged. DataError: its tokenizer cannot be read.
@@ -148,7 +159,10 @@ def load(
     stored = open_model(base_of(found) if adapted else found)
     with ThreadPoolExecutor(1) as side:  # parsing a vocabulary takes as long as the weights, and holds no lock
         reading = side.submit(tokenizer_of, found, stored)
-        model = stored.load(compute, where)
+        keep = packed is True or (packed == "auto" and where.type == "cpu" and native() is not None)
+        model = stored.load(compute, where, put if keep else None)
+        if stored.quantized:
+            log.info("weights: %s, %s", stored.storage, "as stored" if packed_layers(model) else "dequantized")
     if adapted:
         load_adapter(model, found)
     tokenizer = reading.result()
