@@ -17,14 +17,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     A weight of another dtype is not converted as a whole for a few rows, and fp32 by fp32 is left to torch: it is the
     oracle's, and the one product that torch does well.
     """
-    if (
-        weight.dtype in (torch.bfloat16, torch.float32)
-        and not x.dtype == weight.dtype == torch.float32
-        and x.numel() <= FEW_ROWS * weight.shape[1]
-        and not torch.is_grad_enabled()
-        and by_native.takes(x)
-        and weight.is_contiguous()
-        and (library := native()) is not None
-    ):
-        return by_native.linear(library, x, by_native.plain_weight(weight))
+    if not x.dtype == weight.dtype == torch.float32 and x.numel() <= FEW_ROWS * x.shape[-1]:
+        library = native() if by_native.takes(x) and not torch.is_grad_enabled() else None
+        known = by_native.plain_weight(weight) if library is not None else None
+        if library is not None and known is not None:
+            return by_native.linear(library, x, known)
     return F.linear(x, weight.to(x.dtype))

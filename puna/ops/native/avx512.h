@@ -46,12 +46,13 @@ static void by_block(const Weight& w, const void* scales, int64_t o, float* out)
 // What a tile reads of a weight: its codes, its scales and mins for each 32.
 struct Rows {
     const uint8_t* codes[OUTPUTS];
+    const uint8_t* next;  // the codes of the next tile
     float *scales, *mins;
     int64_t first, wanted, blocks;
 };
 
 static Rows rows_of(const Weight& w, int64_t o, int64_t to, int64_t row_bytes, float* buffer) {
-    Rows rows{{}, buffer, nullptr, o, to - o < OUTPUTS ? to - o : OUTPUTS, blocks_of(w.in)};
+    Rows rows{{}, nullptr, buffer, nullptr, o, to - o < OUTPUTS ? to - o : OUTPUTS, blocks_of(w.in)};
     if (w.mins) rows.mins = buffer + OUTPUTS * rows.blocks;
     for (int i = 0; i < OUTPUTS; i++) {
         int64_t output = o + i < to ? o + i : to - 1;  // behind the last output: the last again, and not stored
@@ -59,7 +60,14 @@ static Rows rows_of(const Weight& w, int64_t o, int64_t to, int64_t row_bytes, f
         if (w.scales) by_block(w, w.scales, output, rows.scales + i * rows.blocks);
         if (w.mins) by_block(w, w.mins, output, rows.mins + i * rows.blocks);
     }
+    rows.next = rows.codes[0] + OUTPUTS * row_bytes;
     return rows;
+}
+
+// Fetches the part of the next tile that is as far in as `at` bytes of this one. Four rows read side by side are
+// streams too short for the CPU to notice: without this a tile gets half of the bandwidth.
+template <int LINES> static inline void fetch(const Rows& w, int64_t at) {
+    for (int line = 0; line < LINES; line++) _mm_prefetch(reinterpret_cast<const char*>(w.next + at + 64 * line), _MM_HINT_T0);
 }
 
 // Where a tile's sums go, the mins' part added: the min of 32 weights times the sum of their activations.
@@ -85,6 +93,7 @@ template <int R> static void bf16_tile(const Rows& w, const Input& x, int64_t ro
     const Half* first = x.half + row * in;
     for (int64_t i = 0; i < in; i += 32) {
         __mmask32 mask = first_32(in - i);
+        fetch<4>(w, 8 * i);
         __m512bh weights[OUTPUTS];
         for (int o = 0; o < OUTPUTS; o++) weights[o] = __m512bh(_mm512_maskz_loadu_epi16(mask, w.codes[o] + 2 * i));
         for (int r = 0; r < R; r++) {
@@ -104,6 +113,7 @@ static void int4_tile(const Rows& w, const Input& x, int64_t row, __m512i table,
     __m512 total[R][OUTPUTS] = {};
     for (int64_t i = 0; i < in; i += 64) {
         __mmask32 mask = first_32((in - i) / 2);
+        fetch<2>(w, 2 * i);
         for (int o = 0; o < OUTPUTS; o++) {
             __m512i codes = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, w.codes[o] + i / 2));
             __m512bh low = __m512bh(_mm512_permutexvar_epi16(codes, table));
@@ -120,26 +130,35 @@ static void int4_tile(const Rows& w, const Input& x, int64_t row, __m512i table,
     finish<R>(total, w, x, row, y, stride);
 }
 
-// int8 codes times floats.
-template <int R> static void int8_tile(const Rows& w, const Input& x, int64_t row, float* y, int64_t stride) {
+// int8 codes, scaled, times floats or, rounded to bf16, times bf16.
+template <int R, bool BF16>
+static void int8_tile(const Rows& w, const Input& x, int64_t row, float* y, int64_t stride) {
     __m512 total[R][OUTPUTS] = {};
     int64_t in = x.in;
     const float* real = x.real + row * in;
+    const Half* half = x.half + row * in;
     for (int64_t i = 0; i < in; i += 32) {
         __mmask32 mask = first_32(in - i);
-        __m512 first[OUTPUTS], second[OUTPUTS];
+        fetch<2>(w, 4 * i);
+        __m512 low[OUTPUTS], high[OUTPUTS];
+        __m512bh both[OUTPUTS];
         for (int o = 0; o < OUTPUTS; o++) {
             __m256i codes = _mm256_maskz_loadu_epi8(mask, w.codes[o] + i);
             __m512 scale = _mm512_set1_ps(w.scales[o * w.blocks + i / 32]);
-            first[o] = scale * _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
-            second[o] = scale * _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+            low[o] = scale * _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+            high[o] = scale * _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+            if (BF16) both[o] = _mm512_cvtne2ps_pbh(high[o], low[o]);
         }
         for (int r = 0; r < R; r++) {
-            const float* given = real + r * in + i;
-            __m512 low = _mm512_maskz_loadu_ps(__mmask16(mask), given);
-            __m512 high = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), given + 16);
+            if (BF16) {
+                __m512bh given = __m512bh(_mm512_maskz_loadu_epi16(mask, half + r * in + i));
+                for (int o = 0; o < OUTPUTS; o++) total[r][o] = _mm512_dpbf16_ps(total[r][o], both[o], given);
+                continue;
+            }
+            __m512 first = _mm512_maskz_loadu_ps(__mmask16(mask), real + r * in + i);
+            __m512 second = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), real + r * in + i + 16);
             for (int o = 0; o < OUTPUTS; o++)
-                total[r][o] = _mm512_fmadd_ps(second[o], high, _mm512_fmadd_ps(first[o], low, total[r][o]));
+                total[r][o] = _mm512_fmadd_ps(high[o], second, _mm512_fmadd_ps(low[o], first, total[r][o]));
         }
     }
     finish<R>(total, w, x, row, y, stride);
@@ -152,7 +171,8 @@ static void dynamic_tile(const Rows& w, const Input& x, int64_t row, float* y, i
     int64_t in = x.in, chunks = (in + 63) / 64;
     __m512 total[R][OUTPUTS] = {};
     __m512i counted[R][OUTPUTS] = {};
-    for (int64_t c = 0; c < chunks; c++)
+    for (int64_t c = 0; c < chunks; c++) {
+        fetch<FOUR ? 2 : 4>(w, (FOUR ? 128 : 256) * c);
         for (int o = 0; o < OUTPUTS; o++) {
             __m512i codes = FOUR ? unpack(w.codes[o] + 32 * c, in - 64 * c) : lift(w.codes[o] + 64 * c, in - 64 * c);
             __m512 scale = pick(w.scales + o * w.blocks + 2 * c, FOUR ? 0xf0f0 : 0xff00);
@@ -166,6 +186,7 @@ static void dynamic_tile(const Rows& w, const Input& x, int64_t row, float* y, i
                     total[r][o] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part), scale, total[r][o]);
             }
         }
+    }
     for (int r = 0; CHANNEL && r < R; r++)
         for (int o = 0; o < OUTPUTS; o++) {
             float all = float(_mm512_reduce_add_epi32(counted[r][o])) * w.scales[o * w.blocks];
@@ -222,6 +243,7 @@ static Input prepare(const Weight& w, const void* x, bool bf16, int64_t rows, Sc
         return input;
     }
     for (int64_t r = 0; w.mins && r < rows; r++) sum_blocks(input.real + r * w.in, w.in, input.sums + r * blocks);
+    if (!four && bf16) input.half = static_cast<const Half*>(x);
     if (four && bf16) {
         Half* half = scratch.take<Half>(rows * width);
         for (int64_t r = 0; r < rows; r++) in_order(static_cast<const Half*>(x) + r * w.in, w.in, true, half + r * width);
@@ -259,8 +281,10 @@ static void linear(const Weight& w, const Input& x, int64_t from, int64_t to, fl
         tiles(w, x, from, to, w.in, [&]<int R>(const Rows& rows, int64_t row) { dynamic_tile<R, false, true>(rows, x, row, y, stride); });
     else if (w.dynamic)
         tiles(w, x, from, to, w.in, [&]<int R>(const Rows& rows, int64_t row) { dynamic_tile<R, false, false>(rows, x, row, y, stride); });
+    else if (w.kind == INT8 && x.half)
+        tiles(w, x, from, to, w.in, [&]<int R>(const Rows& rows, int64_t row) { int8_tile<R, true>(rows, x, row, y, stride); });
     else if (w.kind == INT8)
-        tiles(w, x, from, to, w.in, [&]<int R>(const Rows& rows, int64_t row) { int8_tile<R>(rows, x, row, y, stride); });
+        tiles(w, x, from, to, w.in, [&]<int R>(const Rows& rows, int64_t row) { int8_tile<R, false>(rows, x, row, y, stride); });
     else if (w.kind == BFLOAT16 && x.half)
         tiles(w, x, from, to, w.in * 2, [&]<int R>(const Rows& rows, int64_t row) { bf16_tile<R>(rows, x, row, y, stride); });
     else if (w.kind == INT4 && x.half) {

@@ -8,9 +8,10 @@ static inline float least(float a, float b) { return a < b ? a : b; }
 static inline float most(float a, float b) { return a > b ? a : b; }
 
 static inline float sum(Lanes x) {
-    float total = 0;
-    for (int i = 0; i < 8; i++) total += x[i] + x[i + 8];
-    return total;
+    x += SHUFFLE(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return x[0] + x[1];
 }
 
 static inline float from_bf16(Half bits) {
@@ -59,6 +60,15 @@ static inline Lanes exponential(Lanes x) {
     p = p * r * r + r + 1.0f;
     Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
     return p * reinterpret_cast<Lanes&>(power);
+}
+
+// e^x / sum e^x of `count` values, in place; up to a vector's width behind them is written, too.
+static void softmax(float* x, int64_t count) {
+    float largest = x[0], total = 0;
+    for (int64_t i = 1; i < count; i++) largest = most(largest, x[i]);
+    for (int64_t i = 0; i < count; i += LANES) store(x + i, exponential(load(x + i) - largest));
+    for (int64_t i = 0; i < count; i++) total += x[i];
+    for (int64_t i = 0; i < count; i++) x[i] /= total;
 }
 
 static void widen(const void* x, bool bf16, int64_t count, float* out) {

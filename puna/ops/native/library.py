@@ -13,8 +13,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from puna.log import log
 from puna.packages import cache as packages
@@ -54,16 +58,50 @@ class Call(ctypes.Structure):
     ]
 
 
+class Block(ctypes.Structure):
+    """See types.h."""
+
+    _fields_ = [
+        *((name, Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("attention_norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("norms_bf16", ctypes.c_int32),
+    ]
+
+
+class Pool(ctypes.Structure):
+    """See types.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "blocks", "slots", "tables", "lengths")),
+        *((name, ctypes.c_int64) for name in ("width", "block", "heads", "kv_heads", "head_dim")),
+    ]
+
+
 class Native:
     """The loaded library. ctypes lets go of Python's lock during a call."""
 
     def __init__(self, library: ctypes.CDLL, level: int):
-        self.library, self.level = library, level
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        library.puna_linear.argtypes = [pointer, pointer, pointer, pointer]
-        library.puna_expand.argtypes = [pointer, pointer, number, number, pointer]
-        for name in ("puna_linear", "puna_expand"):
-            getattr(library, name).restype = None
+        self.level = level
+        self.linear = _function(library.puna_linear, "pppp")
+        self.expand = _function(library.puna_expand, "ppnnp")
+        self.before = _function(library.puna_before, "pppppppp")
+        self.after = _function(library.puna_after, "ppppp")
+        self.attend = _function(library.puna_attend, "pppppp")
+
+    def call(self, dtype: torch.dtype, rows: int) -> Call:
+        """How a kernel is to run now: activations of this dtype, by as many threads as torch would use."""
+        return Call(self.level, torch.get_num_threads(), dtype == torch.bfloat16, rows)
+
+
+def _function(found: Any, arguments: str) -> Callable[..., None]:
+    found.argtypes = [{"p": ctypes.c_void_p, "n": ctypes.c_int64}[kind] for kind in arguments]
+    found.restype = None
+    return found
 
 
 @cache

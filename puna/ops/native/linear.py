@@ -5,13 +5,15 @@ import ctypes
 import torch
 from torch import Tensor
 
-from puna.ops.native.library import KINDS, Call, Native, Weight
+from puna.ops.native.library import KINDS, Native, Weight
 
 _KINDS = {torch.float32: KINDS["float32"], torch.bfloat16: KINDS["bfloat16"]}
 
 
-def plain_weight(weight: Tensor) -> Weight:
-    """A contiguous (out, in) fp32 or bf16 tensor, which has to outlive what is returned."""
+def plain_weight(weight: Tensor) -> Weight | None:
+    """An (out, in) tensor, which has to outlive what is returned; None where the kernels cannot read it."""
+    if weight.dtype not in _KINDS or weight.device.type != "cpu" or not weight.is_contiguous():
+        return None
     out, in_ = weight.shape
     return Weight(weight.data_ptr(), None, None, None, out, in_, in_, _KINDS[weight.dtype], 0, 0)
 
@@ -26,16 +28,11 @@ def linear(native: Native, x: Tensor, weight: Weight) -> Tensor:
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], weight.out)
     if y.numel():
-        call = _call(native, x, x.numel() // weight.in_)
-        native.library.puna_linear(ctypes.byref(call), ctypes.byref(weight), x.data_ptr(), y.data_ptr())
+        call = native.call(x.dtype, x.numel() // weight.in_)
+        native.linear(ctypes.byref(call), ctypes.byref(weight), x.data_ptr(), y.data_ptr())
     return y
 
 
 def expand(native: Native, weight: Weight, start: int, stop: int, out: Tensor) -> None:
     """Rows start .. stop - 1 of the weight into `out` (stop - start, in), fp32 or bf16."""
-    call = _call(native, out, 0)
-    native.library.puna_expand(ctypes.byref(call), ctypes.byref(weight), start, stop, out.data_ptr())
-
-
-def _call(native: Native, x: Tensor, rows: int) -> Call:
-    return Call(native.level, torch.get_num_threads(), x.dtype == torch.bfloat16, rows)
+    native.expand(ctypes.byref(native.call(out.dtype, 0)), ctypes.byref(weight), start, stop, out.data_ptr())

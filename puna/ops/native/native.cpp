@@ -6,6 +6,8 @@
 namespace portable {
 #include "kernels.h"
 #include "generic.h"
+#include "attention.h"
+#include "block.h"
 #include "entry.h"
 }
 
@@ -18,6 +20,8 @@ namespace portable {
 namespace avx2 {
 #include "kernels.h"
 #include "generic.h"
+#include "attention.h"
+#include "block.h"
 #include "entry.h"
 }
 #pragma GCC pop_options
@@ -27,6 +31,8 @@ namespace avx2 {
 namespace avx512 {
 #include "kernels.h"
 #include "avx512.h"
+#include "attention.h"
+#include "block.h"
 #include "entry.h"
 }
 #pragma GCC pop_options
@@ -48,4 +54,17 @@ extern "C" void puna_linear(const Call* call, const Weight* w, const void* x, vo
 
 extern "C" void puna_expand(const Call* call, const Weight* w, int64_t from, int64_t to, void* out) {
     BY_LEVEL(call, expand_entry)(*call, *w, from, to, out);
+}
+
+extern "C" void puna_before(const Call* call, const Block* b, const void* x, const float* cos, const float* sin, void* q,
+                            void* k, void* v) {
+    BY_LEVEL(call, before)(*call, *b, x, cos, sin, q, k, v);
+}
+
+extern "C" void puna_after(const Call* call, const Block* b, const void* x, const void* heads, void* out) {
+    BY_LEVEL(call, after)(*call, *b, x, heads, out);
+}
+
+extern "C" void puna_attend(const Call* call, const Pool* pool, const void* q, const void* k, const void* v, void* out) {
+    BY_LEVEL(call, attend)(*call, *pool, q, k, v, out);
 }

@@ -55,6 +55,7 @@ public:
 class Team {
     std::vector<std::thread> helpers;
     std::vector<std::unique_ptr<Scratch>> scratches;
+    Scratch shared;
     std::atomic<uint32_t> started{0}, finished{0}, arrived{0}, passed{0}, next{0};
     void (*work)(Team&, int, void*) = nullptr;
     void* argument = nullptr;
@@ -84,6 +85,19 @@ public:
     // Calls part(thread) in `threads` threads, this one among them. One call at a time: others wait for it.
     template <typename Part> void run(int threads, Part&& part) {
         std::lock_guard<std::mutex> alone(busy);
+        share_out(threads, part);
+    }
+
+    // The same with memory that all threads see, `bytes` of it: part(thread, memory).
+    template <typename Part> void run_with(int threads, int64_t bytes, Part&& part) {
+        std::lock_guard<std::mutex> alone(busy);
+        shared.reset();
+        char* memory = shared.take<char>(bytes);
+        share_out(threads, [&](int thread) { part(thread, memory); });
+    }
+
+private:
+    template <typename Part> void share_out(int threads, Part&& part) {
         grow(threads);
         next = 0;
         active = threads;
@@ -98,6 +112,7 @@ public:
             wait_while(finished, done);
     }
 
+public:
     // Every thread gets here before one goes on.
     void barrier() {
         if (active == 1) {
