@@ -15,6 +15,7 @@ from test_speculate import eager
 from puna.checkpoint.adapter import load_adapter, save_adapter
 from puna.errors import CheckpointError, UsageError
 from puna.infer.engine import Engine
+from puna.infer.native import use_native
 from puna.infer.request import Request, Sampling
 from puna.infer.speculate import Lookup
 from puna.lora import LoraConfig, add_lora, lora_parameters, merge_lora
@@ -86,6 +87,18 @@ def test_scores_equal_the_merged_models(model: Transformer, folders: dict[str, P
                 want = [logp[len(context) - 1 + i, token].item() for i, token in enumerate(continuation)]
                 assert found.tokens == pytest.approx(want, abs=1e-10)
     assert engine.score(rows) == Engine(model).score(rows)
+
+
+def test_native_kernels_see_adapters(folders: dict[str, Path]) -> None:
+    """A block that computes its layers in one call passes by what is added to them."""
+    model = build(CONFIG).eval()
+    if not use_native(model):
+        pytest.skip("no native kernels: nothing passes by the hooks")
+    rows = [(prompts(1)[0][:5], [1, 2])]
+    for name in (None, "rslora", "dora", None):
+        [plain] = Engine(build(CONFIG).eval(), adapters=folders).score(rows, adapter=name)
+        [found] = Engine(model, adapters=folders).score(rows, adapter=name)
+        assert found.tokens == pytest.approx(plain.tokens, abs=1e-4)
 
 
 def test_a_name_that_gets_another_adapter_forgets_the_old_ones_keys(

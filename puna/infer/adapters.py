@@ -1,12 +1,12 @@
 """LoRA adapters by request: one base, computed once for all rows, and on each text's rows what its adapter adds.
 
-The model is not changed: hooks on its linear layers add the low-rank part, and only while a step of this engine runs
-(many adapters in one batch as in S-LoRA, Sheng et al. 2023; here a group of rows for each adapter).
+The model is not changed: while a step runs, hooks on its linear layers add the low-rank parts (many adapters in one
+batch as in S-LoRA, Sheng et al. 2023; here a group of rows for each adapter).
 """
 
 import contextlib
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from puna.checkpoint.adapter import read_adapter
 from puna.config import nearest
@@ -34,12 +33,12 @@ class LowRank(NamedTuple):
     """(out,): m / ||W + scale B A||."""
 
 
-class Rows(NamedTuple):
-    """The rows first .. last - 1 of a step, all of one adapter."""
+class Part(NamedTuple):
+    """The rows first .. last - 1 of a step, and what is added to them."""
 
     first: int
     last: int
-    adapter: str
+    low_rank: LowRank
 
 
 class Adapters:
@@ -55,11 +54,8 @@ class Adapters:
     def __init__(self, model: Transformer, folders: Mapping[str, str | Path] | None = None):
         self.model = model
         self._layers: dict[str, dict[str, LowRank]] = {}
-        self._hooks: dict[str, RemovableHandle] = {}
         self._keys: dict[str, int] = {}
         self._added = 0
-        self._rows: list[Rows] = []
-        weakref.finalize(self, _remove, self._hooks)  # a model outlives its engines
         for name, folder in (folders or {}).items():
             self.add(name, folder)
 
@@ -80,21 +76,15 @@ class Adapters:
         self._layers[name] = self._read(Path(folder))
         self._added += 1
         self._keys[name] = self._added
-        for layer in self._layers[name]:
-            if layer not in self._hooks:
-                self._hooks[layer] = self.model.get_submodule(layer).register_forward_hook(self._hook(layer))
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; layers that no other one changes lose their hook.
+        """Forget an adapter.
 
         Raises:
             UsageError: there is none of this name.
         """
         self.check(name)
         del self._layers[name]
-        needed = {layer for layers in self._layers.values() for layer in layers}
-        for layer in [layer for layer in self._hooks if layer not in needed]:
-            self._hooks.pop(layer).remove()
 
     def check(self, name: str | None) -> None:
         """
@@ -111,24 +101,16 @@ class Adapters:
     @contextlib.contextmanager
     def on(self, rows: Iterable[tuple[str | None, int]]) -> Iterator[None]:
         """Inside, the rows of a flat step (1, N, dim) are computed with adapters: (name, number of rows) in a row."""
-        self._rows[:] = _grouped(rows)
+        parts: dict[str, list[Part]] = {}
+        for first, last, adapter in _grouped(rows):
+            for layer, low_rank in self._layers[adapter].items():
+                parts.setdefault(layer, []).append(Part(first, last, low_rank))
+        hooks = [self.model.get_submodule(name).register_forward_hook(partial(_add, p)) for name, p in parts.items()]
         try:
             yield
         finally:
-            self._rows.clear()
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-        step, layers = self._rows, self._layers  # not self, which the model would keep alive
-
-        def add(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            for first, last, adapter in step:
-                if (low_rank := layers[adapter].get(name)) is not None:
-                    x, y = inputs[0][0, first:last], output[0, first:last]
-                    y.addmm_(x @ low_rank.a.T, low_rank.b.T)
-                    if low_rank.stretch is not None:
-                        y.mul_(low_rank.stretch)
-
-        return add
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def _read(self, folder: Path) -> dict[str, LowRank]:
@@ -147,18 +129,21 @@ class Adapters:
         return layers
 
 
-def _remove(hooks: Mapping[str, RemovableHandle]) -> None:
-    for hook in hooks.values():
-        hook.remove()
+def _add(parts: list[Part], module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    for first, last, (a, b, stretch) in parts:
+        x, y = inputs[0][0, first:last], output[0, first:last]
+        y.addmm_(x @ a.T, b.T)
+        if stretch is not None:
+            y.mul_(stretch)
 
 
-def _grouped(rows: Iterable[tuple[str | None, int]]) -> Iterator[Rows]:
-    """Neighbours of one adapter as one; nothing for rows of the base alone."""
+def _grouped(rows: Iterable[tuple[str | None, int]]) -> Iterator[tuple[int, int, str]]:
+    """(first, last + 1, adapter) of neighbours with one adapter; nothing for rows of the base alone."""
     first = 0
     for name, group in groupby(rows, key=itemgetter(0)):
         count = sum(n for _, n in group)
         if name is not None:
-            yield Rows(first, first + count, name)
+            yield first, first + count, name
         first += count
 
 

@@ -1,8 +1,11 @@
 """A model that guesses for another one (Leviathan et al. 2023): a smaller one, or its own copy in fewer bits."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from puna.errors import UsageError
 from puna.infer.forward import Row, forward
@@ -10,6 +13,7 @@ from puna.infer.paged_cache import CachedText, PagedCache
 from puna.infer.sample import Sample, choose
 from puna.infer.speculate import Proposer
 from puna.model.transformer import Transformer
+from puna.quant.quantize import quantize_model
 
 _AT_ONCE = 32  # ids it may be behind and still guess: reading more takes a step of its own
 
@@ -124,6 +128,18 @@ class SelfDraft(Proposer):
         rows = [Row(s.text.ids[-1:], len(s.text.ids) - 1, s.text.table) for s in ready]
         guesses = dict(zip(ready, write(self.model, cache, list(ready), rows, list(ready.values())), strict=True))
         return [guesses.get(sample, []) for sample in samples]
+
+
+def packed_copy(model: Transformer, scheme: str = "int4") -> Transformer:
+    """A copy in fewer bits; what is not packed (norms, the embedding) is the model's own memory.
+
+    Raises:
+        UsageError: see `quantize_model`; a model that is packed already is as small as its copy.
+    """
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    packed = copy.deepcopy(model, memo=dict(shared))
+    quantize_model(packed, scheme)
+    return packed
 
 
 def write(

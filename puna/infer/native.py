@@ -94,6 +94,8 @@ def _sources(block: Block) -> list[Tensor | Packed]:
 
 
 def _source(layer: nn.Module | None) -> Tensor | Packed | None:
+    if layer is None or layer._forward_hooks:  # an adapter that adds to what the layer itself gives
+        return None
     if type(layer) is Linear:
         return layer._parameters["weight"]
     return getattr(layer, "packed", None)

@@ -104,6 +104,9 @@ class Speculation:
         self._started = self._guessing = 0.0
         self._watched = False
 
+    def __repr__(self) -> str:
+        return f"{self.right} of {self.guessed} guessed ids were right"
+
     def extend(self, chunks: list[Chunk], cache: PagedCache) -> list[Chunk]:
         """The step with guesses, where all it does is write: reading prompts keeps the processor busy without them."""
         self._started, self._guessing = self.clock(), 0.0

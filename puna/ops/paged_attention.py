@@ -17,6 +17,7 @@ from puna.ops.native.block import attend
 from puna.ops.native.library import native
 from puna.ops.native.linear import takes
 
+_FEW = 16  # tokens of a piece: a guess that is looked at, and not a prompt
 BLOCK = 32  # tokens: 4 kB of bf16 keys of 64 a head, long enough to be read at full speed
 
 
@@ -60,13 +61,13 @@ class Pieces:
 
     @cached_property
     def single(self) -> tuple[Tensor, Tensor] | None:
-        """Where every piece is one token, on a CPU: tables (N, M) and how many tokens each sees (N,). Else None."""
-        if any(piece.length > 1 for piece in self.pieces) or self.blocks.device.type != "cpu":
+        """Where every piece is a token or a few, on a CPU: of each token its table (N, M) and how many it sees (N,)."""
+        if any(piece.length > _FEW for piece in self.pieces) or self.blocks.device.type != "cpu":
             return None
-        lengths = [piece.start + 1 for piece in self.pieces]
+        lengths = [p + 1 for start, length, _ in self.pieces for p in range(start, start + length)]
         width = -(-max(lengths) // BLOCK)
-        tables = torch.tensor([(piece.table + [0] * width)[:width] for piece in self.pieces])
-        return tables, torch.tensor(lengths)
+        tables = [(table + [0] * width)[:width] for _, length, table in self.pieces for _ in range(length)]
+        return torch.tensor(tables), torch.tensor(lengths)
 
 
 def paged_attention_eager(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Tensor:
@@ -92,11 +93,12 @@ def paged_attention_eager(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values:
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Tensor:
-    """`paged_attention_eager` for pieces of one size at a time; single tokens by the native kernel."""
+    """`paged_attention_eager` for pieces of one size at a time; single tokens and a few by the native kernel."""
     library = native() if takes(q) and pieces.single is not None and _plain(q, keys) else None
     if library is not None and pieces.single is not None:
-        rows = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, D), (N, K, D), (N, K, D)
-        heads = attend(library, *rows, keys, values, pieces.blocks, pieces.slots, *pieces.single)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, D), (N, K, D), (N, K, D)
+        tables, lengths = pieces.single
+        heads = attend(library, q, k, v, keys, values, pieces.blocks, pieces.slots, tables, lengths)
         return heads.transpose(0, 1)[None]
     _store(k, v, keys, values, pieces)
     if len(pieces.groups) == 1 and pieces.groups[0].rows.shape[1] == 1:  # single tokens only: nothing to pick or place
