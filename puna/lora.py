@@ -13,7 +13,9 @@ from puna.config import Config, nearest
 from puna.errors import UsageError
 from puna.model.transformer import Linear
 from puna.ops.low_rank import low_rank_linear
+from puna.ops.packed_layers import PackedEmbedding, PackedLinear
 
+AnyLinear = nn.Linear | PackedLinear
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL = "all-linear"
 # No quantifier on a group: what matches nothing would otherwise be tried in exponentially many ways.
@@ -51,10 +53,10 @@ class LoraConfig(Config):
 class LoraLinear(nn.Module):
     """A frozen linear layer with an adapter. B starts at zero, so nothing changes before the first step."""
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float = 0.0, dora: bool = False):
+    def __init__(self, base: AnyLinear, rank: int, scale: float, dropout: float = 0.0, dora: bool = False):
         super().__init__()
         self.base, self.scale, self.dropout = base, scale, dropout
-        with torch.device(base.weight.device):
+        with torch.device(_matrix(base).device):
             self.lora_A = Linear(base.in_features, rank)
             self.lora_B = Linear(rank, base.out_features)
             magnitude = nn.Parameter(torch.empty(base.out_features)) if dora else None
@@ -71,13 +73,25 @@ class LoraLinear(nn.Module):
                 return self.base(x) + added
             stretch = stretch.to(x.dtype)  # W x itself is kept, what DoRA adds to it is dropped (the official code)
             return self.base(x) + (stretch - 1) * self.base(dropped) + stretch * added
-        base, a, b = (layer.weight.to(x.dtype) for layer in (self.base, self.lora_A, self.lora_B))
-        out = low_rank_linear(x, base, a, b, self.scale)
+        if isinstance(self.base, PackedLinear):  # its product keeps the packed weight alone for the backward
+            out = self.base(x) + self.scale * self.lora_B(self.lora_A(x))
+        else:
+            base, a, b = (layer.weight.to(x.dtype) for layer in (self.base, self.lora_A, self.lora_B))
+            out = low_rank_linear(x, base, a, b, self.scale)
         return out if stretch is None else out * stretch.to(x.dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with the adapter added into its weight."""
+        """The base layer with the adapter added into its weight.
+
+        Raises:
+            UsageError: a quantized base: its few values have no room for what an adapter adds.
+        """
+        if isinstance(self.base, PackedLinear):
+            raise UsageError(
+                "an adapter cannot be merged into quantized weights", cause="most of it would be rounded away",
+                fix="puna merge, which dequantizes the base, and puna quantize after it",
+            )  # fmt: skip
         self.base.weight.copy_(self.full_weight())
         return self.base
 
@@ -118,7 +132,7 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0, dtype: torch.d
         layer = LoraLinear(base, rank, scale, config.dropout, config.dora)
         bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform(a=sqrt(5)) in closed form
         start = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        layer.lora_A.weight.data = start.to(base.weight.device, dtype)
+        layer.lora_A.weight.data = start.to(_matrix(base).device, dtype)
         layer.lora_B.weight.data = torch.zeros_like(layer.lora_B.weight, dtype=dtype)
         if layer.lora_magnitude_vector is not None:
             wide = torch.promote_types(base.weight.dtype, dtype)
@@ -127,15 +141,15 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0, dtype: torch.d
         setattr(model.get_submodule(parent), leaf, layer)
 
 
-def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
+def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, AnyLinear]:
     """The layers that `config.targets` means, by name.
 
     Raises:
         UsageError: a target that names no layer, or a tied head; a pattern that could take forever.
     """
     chosen = _chosen(model, config)
-    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    if tied := [n for n, m in chosen.items() if any(m.weight is weight for weight in embeddings)]:
+    embeddings = [_matrix(m) for m in model.modules() if isinstance(m, nn.Embedding | PackedEmbedding)]
+    if tied := [n for n, m in chosen.items() if any(_matrix(m) is matrix for matrix in embeddings)]:
         raise UsageError(
             f"lora.targets: {tied[0]} is tied to the embedding", cause="merging its adapter would change both",
             fix="other layers, or a model with a head of its own",
@@ -161,10 +175,10 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
-def _chosen(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
-    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+def _chosen(model: nn.Module, config: LoraConfig) -> dict[str, AnyLinear]:
+    found = {name: m for name, m in model.named_modules() if isinstance(m, AnyLinear)}
     if isinstance(config.targets, str):
-        pattern = r".*\.(" + "|".join(LINEARS) + ")" if config.targets == ALL else _checked(config.targets)
+        pattern = r".*\.(" + "|".join(LINEARS) + ")" if config.targets == ALL else simple_pattern(config.targets)
         chosen = {n: m for n, m in found.items() if re.fullmatch(pattern, n) or re.fullmatch(pattern, f"model.{n}")}
         if not chosen:
             raise UsageError(
@@ -178,6 +192,11 @@ def _chosen(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
     return {n: m for n, m in found.items() if any(_ends(n, target) for target in config.targets)}
 
 
+def _matrix(layer: AnyLinear | nn.Embedding | PackedEmbedding) -> Tensor:
+    """What two tied layers share."""
+    return layer.codes if isinstance(layer, PackedLinear | PackedEmbedding) else layer.weight
+
+
 def _ends(name: str, target: str) -> bool:
     """Whether `target` is the last names of a layer; on disk a name begins with `model.`"""
     return f".model.{name}".endswith(f".{target}")
@@ -185,10 +204,15 @@ def _ends(name: str, target: str) -> bool:
 
 def _pattern_of(patterns: Iterable[str], name: str) -> str | None:
     """The first pattern that the end of a layer's name on disk matches, as PEFT decides it."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({_checked(p)})$", f"model.{name}")), None)
+    return next((p for p in patterns if re.match(rf"(.*\.)?({simple_pattern(p)})$", f"model.{name}")), None)
 
 
-def _checked(pattern: str) -> str:
+def simple_pattern(pattern: str) -> str:
+    """`pattern`, if it is one that a stranger's file may name: matched in no time, whatever it is held against.
+
+    Raises:
+        UsageError: anything else.
+    """
     if not _PATTERN.fullmatch(pattern) or sum(pattern.count(c) for c in "*+") > _QUANTIFIERS:
         raise UsageError(f"lora: `{pattern[:60]}` is not a simple pattern", fix="names, `.*`, `[0-9]+` and (a|b)")
     try:

@@ -63,6 +63,20 @@ def load_adapter(model: Transformer, folder: Path, dtype: torch.dtype = torch.fl
     """Put the adapters of `folder` onto `model`, in place.
 
     Raises:
+        CheckpointError: see `read_adapter`.
+    """
+    config, found = read_adapter(model, folder)
+    add_lora(model, config, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model).items():
+            parameter.copy_(found[name])
+    return config
+
+
+def read_adapter(model: Transformer, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter of `model`, which is left as it is: its tensors by our names (`...q_proj.lora_A.weight`).
+
+    Raises:
         CheckpointError: a kind of adapter puna does not compute, or tensors that do not fit (all are listed).
     """
     config, found = adapter_config(folder), _tensors(folder, model.config.head_dim)
@@ -78,11 +92,7 @@ def load_adapter(model: Transformer, folder: Path, dtype: torch.dtype = torch.fl
     ]
     if problems:
         raise CheckpointError("does not fit its base: " + "; ".join(problems[:20]), where=folder)
-    add_lora(model, config, dtype=dtype)
-    with torch.no_grad():
-        for name, parameter in lora_parameters(model).items():
-            parameter.copy_(found[name])
-    return config
+    return config, found
 
 
 def adapter_config(folder: Path) -> LoraConfig:

@@ -60,6 +60,8 @@ def convert(
     if format != "llama2.c":  # which holds weights alone
         stored = _with_tokenizer(stored)
     kind = _kind(format, kind)
+    if stored.quantized:
+        log.info("weights: %s, dequantized to be written anew", stored.storage)
     if format == "meta":
         check_shards(stored.config, shards or 1)
     require_space(_existing(target), _size(stored, format, dtype, kind))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.checkpoint.names import DTYPES, from_disk_name, from_hf_config, to_disk_name, to_hf_config
+from puna.checkpoint.names import DTYPES, from_disk_name, from_hf_config, quantization_of, to_disk_name, to_hf_config
 from puna.checkpoint.stored import Stored, Weight, expected_shapes
 from puna.checkpoint.weight_files import OpenFile, inside, open_weights, read_json, storage, weight_files, write_weights
 from puna.device import cast
@@ -21,10 +21,12 @@ from puna.model.transformer import Transformer
 from puna.ranks import rank
 from puna.tokenizer.tokenizer import Tokenizer
 
+OpenQuantized = Callable[[Mapping[str, Weight], Mapping[str, Any], ModelConfig, object], dict[str, Weight]]
+
 
 def save_model(
     folder: Path, model: Transformer, tokenizer: Tokenizer, save_dtype: str, lineage: dict[str, Any],
-    stop_ids: Sequence[int] = (),
+    stop_ids: Sequence[int] = (), packed: tuple[Mapping[str, Tensor], Mapping[str, Any]] = ({}, {}),
 ) -> None:  # fmt: skip
     """Write weights, configs, tokenizer and lineage into an existing (temporary) folder; rank 0 of all ranks writes.
 
@@ -32,18 +34,23 @@ def save_model(
         save_dtype: fp32, bf16, fp16 or fp64: what the weights are stored in.
         lineage: what this model was made from: recipe, parents, data fingerprint, metrics.
         stop_ids: beyond the tokenizer's own, what the directory it came from listed.
+        packed: the tensors of its packed layers by their disk names, and config.json's section about them (see
+            `quantized.packed_tensors`).
 
     Raises:
-        NumericError: a weight that `save_dtype` cannot hold.
+        NumericError: a weight that `save_dtype` cannot hold. UsageError: packed layers, of which no tensors are given.
     """
+    if not packed[0] and any(name.endswith(".codes") for name, _ in model.named_buffers()):
+        raise UsageError("quantized weights are saved by Llama.save", fix="puna.load(...).save(FOLDER)")
     dtype = DTYPES[save_dtype]
     tied = model.config.tie_embeddings
     stored = {n: p for n, p in model.named_parameters() if not (tied and n.startswith("lm_head."))}
     tensors = gathered({to_disk_name(name): p for name, p in stored.items()}, dtype)
     if rank():
         return
+    tensors |= packed[0]
     weights = {n: Weight(tuple(t.shape), t.dtype, partial(tensors.pop, n)) for n, t in tensors.items()}
-    _write_beside(folder, model.config, dtype, tokenizer, stop_ids, lineage)
+    _write_beside(folder, model.config, dtype, tokenizer, stop_ids, lineage, packed[1])
     write_weights(folder, weights, lambda name: None)
 
 
@@ -82,23 +89,28 @@ def write_model_directory(
 
 
 def open_model_directory(
-    folder: Path, open_bin: OpenFile | None = None, read_tokenizer: Callable[[Path], Tokenizer] = Tokenizer
-) -> Stored:
+    folder: Path, open_bin: OpenFile | None = None, read_tokenizer: Callable[[Path], Tokenizer] = Tokenizer,
+    open_quantized: OpenQuantized | None = None,
+) -> Stored:  # fmt: skip
     """A model directory as puna, transformers and others write it.
 
     Args:
         open_bin: reads pytorch_model.bin, where there is no safetensors file.
         read_tokenizer: reads what older models have instead of a tokenizer.json, too.
+        open_quantized: puts the parts of quantized weights together.
 
     Raises:
         CheckpointError: no such model, damaged files, or an architecture that puna does not compute.
     """
     file = inside(folder, "config.json")
-    config = from_hf_config(read_json(file), file)
+    values = read_json(file)
+    config, section = from_hf_config(values, file), quantization_of(values, file)
     files = weight_files(folder)
-    found = open_weights(files, open_bin)
+    found = open_weights(files, open_bin, integers=bool(section and open_quantized))
     if not found:
         raise CheckpointError("holds no tensors", where=files[0], cause="an incomplete copy")
+    if section and open_quantized:
+        found = open_quantized(found, section, config, file)
     weights = _by_our_names(found, files[0])
     head = weights.pop("lm_head.weight", None) if config.tie_embeddings else None
     if head is not None and "embed_tokens.weight" in weights:
@@ -166,11 +178,12 @@ def _cast(weight: Weight, dtype: torch.dtype | None, name: str) -> Weight:
 
 def _write_beside(
     folder: Path, config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer, stop_ids: Sequence[int],
-    lineage: Mapping[str, Any],
+    lineage: Mapping[str, Any], quantization: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """What a model directory holds beside its weights; written before them, for it may be refused."""
     bos = tokenizer.named_id("bos_token")
-    write_json(folder / "config.json", to_hf_config(config, dtype, bos, tokenizer.eos_id))
+    told = to_hf_config(config, dtype, bos, tokenizer.eos_id)
+    write_json(folder / "config.json", {**told, "quantization_config": quantization} if quantization else told)
     stops = list(dict.fromkeys([*tokenizer.stop_ids, *stop_ids]))
     generation = {"bos_token_id": bos, "eos_token_id": stops, "do_sample": True}
     write_json(folder / "generation_config.json", generation)

@@ -43,6 +43,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,), "add_cross_attention": (False,), "auto_map": ({},),
 }  # fmt: skip
 _LIMITS = {"n_layers": 2000, "head_dim": 2**14, "rope_theta": 1e15}
+QUANTIZED = ("compressed-tensors", "bitsandbytes")
+"""The layouts of quantized weights that are read (see `quantized`)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -109,9 +111,9 @@ def _refuse_others(values: Mapping[str, Any], where: object) -> None:
             f"model_type is {kind!r}, puna reads llama", where=where, cause="another architecture: LLaMA 1, Llama 2 "
             "and Llama 3.x text models are read, and whatever has their config.json",
         )  # fmt: skip
-    if "quantization_config" in values and values["quantization_config"] is not None:
+    if quantization_of(values, where).get("quant_method") not in (None, *QUANTIZED):
         raise CheckpointError(
-            "quantization_config is not supported", where=where, cause="weights of GPTQ, AWQ, bitsandbytes or the like",
+            "quantization_config is not supported", where=where, cause="weights of GPTQ, AWQ or the like",
             fix="the model it was quantized from, or its GGUF",
         )  # fmt: skip
     classes = values.get("architectures") or ["LlamaForCausalLM"]
@@ -124,6 +126,14 @@ def _refuse_others(values: Mapping[str, Any], where: object) -> None:
         raise CheckpointError(
             f"not supported: {str(odd)[:200]}", where=where, cause="this Llama would compute something else"
         )
+
+
+def quantization_of(values: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """What a config.json says of quantized weights; nothing where they are plain."""
+    section = values.get("quantization_config")
+    if section is not None and (not isinstance(section, dict) or "quant_method" not in section):
+        raise CheckpointError("quantization_config does not say its quant_method", where=where)
+    return section or {}
 
 
 def _rope(values: Mapping[str, Any], where: object) -> tuple[Any, RopeScaling | None]:

@@ -9,6 +9,7 @@ from puna.checkpoint.hub import HubName, find_cached, hub_name
 from puna.checkpoint.llama2c import open_llama2c
 from puna.checkpoint.meta.model import PARAMS, open_meta
 from puna.checkpoint.model_directory import checkpoints, open_model_directory
+from puna.checkpoint.quantized import open_quantized
 from puna.checkpoint.registered import REGISTERED
 from puna.checkpoint.safetensors_file import read_header
 from puna.checkpoint.stored import Stored
@@ -107,7 +108,7 @@ def open_model(name: str | Path) -> Stored:
         return open_gguf_model(found) if is_gguf(found) or found.suffix == ".gguf" else open_llama2c(found)
     if not (found / "config.json").exists():
         return open_meta(found)
-    return open_model_directory(found, open_torch_file, tokenizer_from)
+    return open_model_directory(found, open_torch_file, tokenizer_from, open_quantized)
 
 
 def find_written(name: str | Path) -> Path:

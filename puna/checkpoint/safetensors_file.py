@@ -19,9 +19,12 @@ from torch import Tensor
 from puna.checkpoint.stored import Weight
 from puna.errors import CheckpointError
 
-# In the order of the format's own writer, which puts wide types first so that every tensor is aligned.
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-STORED = {dtype: name for name, dtype in _FLOATS.items()}
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
+_KNOWN = _FLOATS | _INTEGERS
+# In the order of the format's own writer, which puts wide types first so that every tensor is aligned.
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I8", "U8")
+STORED = {_KNOWN[name]: name for name in _ORDER}
 """How the format names the dtypes that weights have."""
 _WIDTHS = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
@@ -81,20 +84,23 @@ def read_header(file: Path) -> Header:
     return Header(entries, stamp)
 
 
-def open_safetensors(file: Path) -> dict[str, Weight]:
+def open_safetensors(file: Path, integers: bool = False) -> dict[str, Weight]:
     """The tensors of a file by their disk names, none of them read yet.
+
+    Args:
+        integers: allow those of quantized weights.
 
     Raises:
         CheckpointError: as `read_header`, or tensors that are not floats (a quantized model).
     """
     entries, stamp = read_header(file)
     for name, entry in entries.items():
-        if entry.dtype not in _FLOATS:
+        if entry.dtype not in (_KNOWN if integers else _FLOATS):
             raise CheckpointError(
                 f"{name!r} is stored as {entry.dtype}", where=file, cause="a quantized model",
                 fix="the model it was quantized from, or its GGUF",
             )  # fmt: skip
-    return {n: Weight(e.shape, _FLOATS[e.dtype], partial(_read, file, n, e, stamp), True) for n, e in entries.items()}
+    return {n: Weight(e.shape, _KNOWN[e.dtype], partial(_read, file, n, e, stamp), True) for n, e in entries.items()}
 
 
 def write_safetensors(file: Path, weights: Mapping[str, Weight], progress: Callable[[str], None]) -> None:
@@ -155,7 +161,7 @@ def _read(file: Path, name: str, entry: Entry, stamp: tuple[int, ...]) -> Tensor
     of the same file share its pages; first touches of 270 MB of fresh memory cost 25 times what mapping them does.
     """
     if entry.begin == entry.end:
-        return torch.empty(entry.shape, dtype=_FLOATS[entry.dtype])
+        return torch.empty(entry.shape, dtype=_KNOWN[entry.dtype])
     with file.open("rb") as stream:
         if _stamp(stream.fileno()) != stamp:
             raise CheckpointError("changed since it was opened", where=file, cause="a download or a save at this place")
@@ -164,7 +170,7 @@ def _read(file: Path, name: str, entry: Entry, stamp: tuple[int, ...]) -> Tensor
     raw = torch.frombuffer(memory, dtype=torch.uint8, offset=entry.begin - start)
     if entry.begin % 8:  # a header of odd length: torch's kernels want numbers at multiples of their size
         raw = raw.clone()
-    return raw.view(_FLOATS[entry.dtype]).view(entry.shape)
+    return raw.view(_KNOWN[entry.dtype]).view(entry.shape)
 
 
 def _checked(file: Path, name: str, weight: Weight) -> Iterator[Tensor]:

@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from puna.checkpoint.names import name_problems
 from puna.errors import CheckpointError
@@ -20,6 +20,10 @@ from puna.model.init import build_model
 from puna.model.transformer import Transformer
 from puna.tokenizer.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from puna.ops.packed import Packed
+
+Put = Callable[[Transformer, str, "Packed", torch.device], None]
 Format = Literal["hf", "meta", "gguf", "llama2.c"]
 _PART = 32 << 20  # bytes of a tensor that are cast or written at once
 _SHOWN = 20  # problems told at once
@@ -36,6 +40,10 @@ class Weight(NamedTuple):
     """Whether `read` gives memory that nobody else holds, so that a model may keep it."""
     quantized: bool = False
     """Whether it is stored in blocks of integers."""
+    packed: "Callable[[], Packed] | None" = None
+    """The same weight as it lies, where a model can compute in it: its rows as those of `read`."""
+    kind: str = ""
+    """What it is stored in, where that is not `dtype`: `INT4`."""
     read_parts: Callable[[], Iterable[Tensor]] | None = None
     """The same some rows at a time, where that takes less memory than `read`."""
 
@@ -89,18 +97,25 @@ class Stored:
             more = [f"and {len(wrong) - _SHOWN} more"] * (len(wrong) > _SHOWN)
             raise CheckpointError("does not fit its config: " + "; ".join(wrong[:_SHOWN] + more), where=self.path)
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> Transformer:
+    def load(self, dtype: torch.dtype, device: torch.device, put: "Put | None" = None) -> Transformer:
         """The model with its weights and activations in `dtype` on `device`.
+
+        Args:
+            put: puts a quantized weight into the model as it lies (see `quant.quantize`); by default all are
+                dequantized.
 
         Raises:
             CheckpointError: tensors that do not fit the config, or cannot be read.
         """
         self.check()
         model = build_model(self.config, dtype)
+        for name, weight in self.weights.items() if put else ():
+            if put and weight.packed is not None:
+                put(model, name.removesuffix(".weight"), weight.packed(), device)
         names = [name for name, _ in model.named_parameters()]  # a tied head has no name of its own
         tensors = {name: self._tensor(name, dtype, device) for name in names}
         model.load_state_dict(tensors, strict=False, assign=True)  # not strict: a tied head is stored once
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and isinstance(model.embed_tokens, nn.Embedding):
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval()
 

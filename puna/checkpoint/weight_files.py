@@ -85,18 +85,19 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def open_weights(files: list[Path], open_bin: OpenFile | None = None) -> dict[str, Weight]:
+def open_weights(files: list[Path], open_bin: OpenFile | None = None, integers: bool = False) -> dict[str, Weight]:
     """The tensors of all files by their disk names.
 
     Args:
         open_bin: reads what torch.save wrote.
+        integers: allow those of quantized weights.
 
     Raises:
         CheckpointError: a damaged file, or a tensor that two of them hold.
     """
     weights: dict[str, Weight] = {}
     for file in files:
-        found = open_bin(file) if open_bin and file.suffix == ".bin" else open_safetensors(file)
+        found = open_bin(file) if open_bin and file.suffix == ".bin" else open_safetensors(file, integers)
         if twice := sorted(weights.keys() & found.keys()):
             raise CheckpointError(f"{twice[0]!r} is in another file too", where=file)
         weights |= found
@@ -104,8 +105,8 @@ def open_weights(files: list[Path], open_bin: OpenFile | None = None) -> dict[st
 
 
 def storage(weights: Mapping[str, Weight]) -> str:
-    """The dtypes of tensors as `BF16`, or `BF16 x 210, F32 x 61`."""
-    counts = Counter(STORED[weight.dtype] for weight in weights.values()).most_common()
+    """What tensors are stored in: `BF16`, or `INT4 x 210, F32 x 61`."""
+    counts = Counter(weight.kind or STORED[weight.dtype] for weight in weights.values()).most_common()
     return counts[0][0] if len(counts) == 1 else ", ".join(f"{name} x {n}" for name, n in counts)
 
 

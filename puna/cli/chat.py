@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from puna.cli.models import MinP, Model, RepetitionPenalty, Stop, TopK
+from puna.cli.models import MinP, Model, RepetitionPenalty, Speculate, Stop, TopK
 from puna.errors import DataError, UsageError
 from puna.log import harmless, log
 
@@ -29,6 +29,7 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     stop: Stop = None,
+    speculate: Speculate = None,
     seed: Annotated[int, typer.Option(help="Same seed and words, same answers.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp64.")] = "auto",
     template: Annotated[
@@ -42,7 +43,7 @@ def chat(
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     options = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "stop": stop or [], "seed": seed,
+        "repetition_penalty": repetition_penalty, "stop": stop or [], "seed": seed, "speculate": speculate,
     }  # fmt: skip
     # a template that is missing, or has no place for tools, is told before anyone types
     llama.template.prompt([*messages, {"role": "user", "content": "?"}], offered)
@@ -104,7 +105,7 @@ def _load(model: str, dtype: str, template: str | None) -> Any:
     from puna.tokenizer.chat.format import fitting, lacking, read_template
 
     source = read_template(template) if template else None
-    llama = load(model, dtype=dtype)
+    llama = load(model, dtype=dtype, packed="auto")
     if source is None:
         return llama
     if told := lacking(source, llama.tokenizer):

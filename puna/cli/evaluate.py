@@ -43,7 +43,7 @@ def evaluate(
     check_tasks(config.tasks)
     if text is not None and not text.is_file():
         raise DataError("no such file" + nearest_path(text), where=text)
-    llama = load(model, dtype=dtype)
+    llama = load(model, dtype=dtype, packed="auto")
     results: list[dict[str, Any]] = [_text(llama, text)] if text else []
     for score in evaluate_tasks(llama, config):
         low, value, high = score.interval

@@ -8,6 +8,7 @@ import typer
 
 from puna.cli.output import Json, print_json
 from puna.errors import UsageError
+from puna.log import log
 
 MODEL = "A folder of a model (also Meta's), a run or an adapter, a .gguf, a llama2.c .bin, org/name, or smollm2-135m."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
@@ -15,6 +16,10 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 TopK = Annotated[int, typer.Option(help="Keep this many of the most likely ids; 0: all.", min=0)]
 MinP = Annotated[float, typer.Option(help="Drop ids less likely than this part of the likeliest.", min=0, max=1)]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: say less again of what was said.", min=0.01)]
+Speculate = Annotated[
+    str | None,
+    typer.Option(help="Guess ahead by lookup in the text, self (in 4 bits) or a smaller MODEL: same text, sooner."),
+]
 Stop = Annotated[list[str] | None, typer.Option(help="A string that ends the text; as often as you like.")]
 
 
@@ -36,6 +41,7 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: log-probabilities, and those of the N most likely ids.", min=0)
     ] = None,
+    speculate: Speculate = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp64.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -50,11 +56,13 @@ def generate(
     from puna.infer.llama import load
 
     text = _prompt(prompt)
-    llama = load(model, dtype=dtype, device=device)
+    llama = load(model, dtype=dtype, device=device, packed="auto")
     before = llama.encode(text, special=special)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "n": n}
     penalties = {"repetition_penalty": repetition_penalty, "stop": stop or [], "logprobs": logprobs}
-    [result] = llama.complete([before], max_tokens, **sampling, **penalties)
+    [result] = llama.complete([before], max_tokens, speculate=speculate, **sampling, **penalties)
+    if speculate:
+        log.info("%s", llama.speculation(speculate))
     told = [_told(llama, before, completion) for completion in result.completions]
     if as_json:
         print_json(told if n > 1 else told[0])

@@ -5,23 +5,27 @@ prompts that wait as fits beside them (Orca, Yu et al. 2022; chunked prefill, Ag
 does not depend on the others: `generate` is the oracle.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from puna.errors import ResourceError, UsageError
+from puna.infer.adapters import Adapters
+from puna.infer.forward import Row, forward
 from puna.infer.paged_cache import PagedCache
-from puna.infer.request import Event, FinishReason, Likelihood, Request, Result
-from puna.infer.sample import Sample
-from puna.infer.sampling import Filters, Sampling, penalized, sample
+from puna.infer.request import Event, FinishReason, Likelihood, Request, Result, TokenLogprob
+from puna.infer.sample import Sample, choose
+from puna.infer.sampling import Sampling
 from puna.infer.scheduler import Chunk, Scheduler
 from puna.infer.scoring import logprobs, score_prompts
+from puna.infer.speculate import Proposer, Speculation
 from puna.infer.stopping import Decode
 from puna.infer.weights import WeightWatch
-from puna.model.mode import evaluating
 from puna.model.transformer import Transformer
-from puna.ops.paged_attention import BLOCK, Piece
+from puna.ops.paged_attention import BLOCK
 
 _CACHE_BYTES = 2**30  # unless one whole context takes more
 
@@ -36,6 +40,8 @@ class Engine:
         tokens: what the cache holds; by default `batch` whole contexts, in at most 1 GB.
         batch: most texts written at a time.
         chunk: most tokens of a step, as long as every text gets one.
+        adapters: LoRA directories by the names that requests ask for.
+        speculate: guesses ids, which makes texts come sooner and changes none of them.
     """
 
     def __init__(
@@ -46,6 +52,8 @@ class Engine:
         tokens: int | None = None,
         batch: int = 32,
         chunk: int = 512,
+        adapters: Mapping[str, str | Path] | None = None,
+        speculate: Proposer | Speculation | None = None,
     ):
         self.model, self.decode = model, decode
         self.device = next(model.parameters()).device
@@ -57,6 +65,8 @@ class Engine:
         self._open: dict[int, list[Sample]] = {}
         self._events: list[Event] = []
         self._weights, self._forgotten = WeightWatch(model), 0
+        self.adapters = Adapters(model, adapters)
+        self.speculation = Speculation(speculate) if isinstance(speculate, Proposer) else speculate
 
     def add(self, request: Request) -> int:
         """Take a request in; its number, which its events have.
@@ -86,7 +96,11 @@ class Engine:
         """One forward, and what it did. Nothing to do: nothing."""
         try:
             if chunks := self._schedule():
+                if self.speculation is not None:
+                    chunks = self.speculation.extend(chunks, self.cache)
                 self._postprocess(chunks, self._run(chunks))
+                if self.speculation is not None:
+                    self.speculation.learn(chunks)
         except BaseException:  # what the cache believes it holds may never have been computed
             self._abandon()
             raise
@@ -121,12 +135,14 @@ class Engine:
             raise
         return [results[number] for number in numbers]
 
-    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+    def score(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, adapter: str | None = None
+    ) -> list[Likelihood]:
         """log p(continuation | context) of each (context ids, continuation ids); what rows share is computed once."""
         # Sorted, texts with a common beginning follow each other while it is in the cache.
         order = sorted(range(len(rows)), key=lambda i: [*rows[i][0], *rows[i][1]])
         nothing = Sampling(max_tokens=0)
-        asked = [Request([*rows[i][0], *rows[i][1]], nothing, score_from=len(rows[i][0])) for i in order]
+        asked = [Request([*rows[i][0], *rows[i][1]], nothing, adapter, score_from=len(rows[i][0])) for i in order]
         found = dict(zip(order, self.run(asked), strict=True))
         return [_likelihood(found[i]) for i in range(len(rows))]
 
@@ -134,6 +150,24 @@ class Engine:
         """Do not use what is cached for new requests. Needed only after weights changed unseen (through `.data`)."""
         self._forgotten += 1
         self.cache.blocks.forget()
+
+    def add_adapter(self, name: str, folder: str | Path) -> None:
+        """Read a LoRA directory that requests may ask for by this name; it replaces one of the same name.
+
+        Raises:
+            CheckpointError: it does not fit the model. UsageError: requests are being written with one of this name.
+        """
+        self._refuse_open(name)
+        self.adapters.add(name, folder)
+
+    def remove_adapter(self, name: str) -> None:
+        """Give an adapter's memory back.
+
+        Raises:
+            UsageError: there is none of this name, or requests are being written with it.
+        """
+        self._refuse_open(name)
+        self.adapters.remove(name)
 
     def release(self) -> None:
         """Give the cache's memory back, until it is needed again.
@@ -144,56 +178,71 @@ class Engine:
         if self._open:
             raise UsageError("the engine is still writing", fix="finish or cancel its requests first")
         self.cache.release()
+        if self.speculation is not None:
+            self.speculation.proposer.release()
 
     def _schedule(self) -> list[Chunk]:
         if self.scheduler.waiting:
             if self._weights.changed():
                 self.forget()
             for each in self.scheduler.waiting:
-                each.first_key = f"{self._forgotten} {each.request.adapter}".encode()
-        return self.scheduler.plan()
+                each.first_key = f"{self._forgotten} {self.adapters.key(each.request.adapter)}".encode()
+        return sorted(self.scheduler.plan(), key=lambda chunk: self.adapters.key(chunk.sample.request.adapter))
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
         """The final hidden states of the chunks' tokens: (N, dim)."""
-        ids = [i for s, start, length in chunks for i in s.text.ids[start : start + length]]
-        places = [p for _, start, length in chunks for p in range(start, start + length)]
-        tokens, positions = torch.tensor([[ids], [places]], device=self.device)
-        cache = self.cache.step([Piece(start, length, s.text.table) for s, start, length in chunks])
-        with evaluating(self.model):
-            hidden = self.model(tokens, positions=positions, cache=cache, head=False)[0]
-        self.cache.blocks.computed()
-        return hidden
+        rows = [Row(chunk.ids, chunk.start, chunk.sample.text.table) for chunk in chunks]
+        adapters = [(chunk.sample.request.adapter, len(chunk.ids)) for chunk in chunks]
+        with self.adapters.on(adapters):
+            return forward(self.model, self.cache, rows)
 
     def _postprocess(self, chunks: list[Chunk], hidden: Tensor) -> None:
-        """Score prompts, and choose the next id of every sample whose ids are all computed."""
+        """Score prompts, and choose the next ids of every sample whose ids are all computed."""
         score_prompts(chunks, hidden, self.model.lm_head, self.model.config.vocab_size)
-        first, written, rows = 0, list[Sample](), list[int]()
-        for each, start, length in chunks:
-            first += length
+        first, written, rows = 0, list[Chunk](), list[int]()
+        for chunk in chunks:
+            each, start, length, guess = chunk
+            first += length + len(guess)
             if start + length == len(each.text.ids):
-                written.append(each)
-                rows.append(first - 1)
+                written.append(chunk)
+                rows += range(first - len(guess) - 1, first)
             elif start + length == each.goal:
                 self._finish(each, "length")
         if written:
             self._extend(written, self.model.lm_head(hidden[rows]))
+        self.cache.blocks.computed()
 
-    def _extend(self, samples: list[Sample], logits: Tensor) -> None:
-        """Choose the next id of each sample: logits (B, V)."""
-        asked = [each.request.sampling for each in samples]
-        changed = penalized(logits, [(each.request.sampling, each.request.prompt, each.answer) for each in samples])
-        chosen = sample(changed, Filters.of(asked, logits.device), [each.draw() for each in samples])
-        told = logprobs(logits, chosen, [sampling.logprobs for sampling in asked])
-        for each, token, logprob in zip(samples, chosen.tolist(), told, strict=True):
-            new = each.accept(token, logprob)
+    def _extend(self, written: list[Chunk], logits: Tensor) -> None:
+        """Choose what each sample goes on with, for every guess as if those before it were right: logits (B, V)."""
+        places = [(each, guess[:n]) for each, _, _, guess in written for n in range(len(guess) + 1)]
+        chosen = choose(logits, places)
+        told = iter(logprobs(logits, chosen, [each.request.sampling.logprobs for each, _ in places]))
+        ids = iter(chosen.tolist())
+        for each, _, _, guess in written:
+            count = len(guess) + 1
+            self._accept(each, guess, list(islice(ids, count)), list(islice(told, count)))
+
+    def _accept(self, each: Sample, guess: Sequence[int], ids: list[int], told: list[TokenLogprob | None]) -> None:
+        """Add ids as long as those before them were guessed right."""
+        right = next((n for n, (a, b) in enumerate(zip(guess, ids, strict=False)) if a != b), len(guess))
+        new: tuple[int, ...] = ()
+        for token, logprob in zip(ids[: right + 1], told, strict=False):
+            new += each.accept(token, logprob)
             if each.finished:
-                self._finish(each, each.finished, new)
-            elif new:
-                self._events.append(Event(each.number, each.index, new))
+                break
+        self.cache.plan(each.text, min(right, len(each.text.ids) - 1 - each.text.stored))  # already computed
+        if each.finished:
+            self._finish(each, each.finished, new)
+        elif new:
+            self._events.append(Event(each.number, each.index, new))
+
+    def _refuse_open(self, adapter: str) -> None:
+        if any(samples[0].request.adapter == adapter for samples in self._open.values()):
+            raise UsageError(f"requests are being written with `{adapter}`", fix="finish or cancel them first")
 
     def _finish(self, each: Sample, reason: FinishReason, new: tuple[int, ...] = ()) -> None:
         each.finished = reason
-        self.scheduler.remove(each)
+        self._drop(each)
         samples = self._open[each.number]
         result = _result(samples) if all(s.finished for s in samples) else None
         if result is not None:
@@ -201,10 +250,15 @@ class Engine:
         if new or result is not None:
             self._events.append(Event(each.number, each.index, new, result))
 
+    def _drop(self, each: Sample) -> None:
+        self.scheduler.remove(each)
+        if self.speculation is not None:
+            self.speculation.proposer.end(each)
+
     def _abandon(self) -> None:
         """Drop every request and whatever the cache may hold of them."""
         for each in [each for samples in self._open.values() for each in samples]:
-            self.scheduler.remove(each)
+            self._drop(each)
         self._open.clear()
         self._events.clear()
         self.forget()
@@ -220,6 +274,7 @@ class Engine:
             raise UsageError(f"the prompt has {length} tokens, the context holds {limit}", fix="a shorter prompt")
         if request.score_from is not None and not 1 <= request.score_from <= length:
             raise UsageError(f"score_from={request.score_from}: nothing predicts the first id", fix=f"1..{length}")
+        self.adapters.check(request.adapter)
         if request.sampling.stop and self.decode is None:
             raise UsageError("stop strings need text, the engine has ids", fix="Engine(model, decode=tokenizer.decode)")
         held, needed = self.cache.blocks.count * BLOCK, min(limit, length + request.sampling.max_tokens)

@@ -1,11 +1,14 @@
 """One of the n samples of a request while it is being written."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from puna.infer.paged_cache import CachedText
 from puna.infer.request import Completion, FinishReason, Request, TokenLogprob
+from puna.infer.sampling import Filters, penalized, sample
 from puna.infer.stopping import Decode, StopStrings
 
 
@@ -33,6 +36,7 @@ class Sample:
         self.random = torch.Generator().manual_seed(sampling.seed + self.index)
         self.stops = StopStrings(sampling.stop, self.decode) if sampling.stop and self.decode else None
         self._released = 0
+        self._draws: list[float] = []
 
     @property
     def answer(self) -> list[int]:
@@ -64,14 +68,25 @@ class Sample:
         """How many ids need no computing if the cache has them: those whose output nobody asks for."""
         return min([self.goal - 1, *self.unscored[:1]])
 
-    def draw(self) -> float:
-        """The number in 0..1 that decides its next id; one for each id, so that no schedule changes a text."""
-        return float(torch.rand(1, generator=self.random)) if self.request.sampling.temperature else 0.0
+    @property
+    def room(self) -> int:
+        """How many ids it can be given besides the next one."""
+        answer = len(self.text.ids) - len(self.request.prompt)
+        return min(self.request.sampling.max_tokens - answer, self.limit - len(self.text.ids)) - 1
+
+    def draws(self, count: int) -> list[float]:
+        """The numbers in 0..1 that decide its next ids: each id has its own, so no schedule or guess changes a text."""
+        if not self.request.sampling.temperature:
+            return [0.0] * count
+        missing = count - len(self._draws)
+        self._draws += [float(torch.rand(1, generator=self.random)) for _ in range(missing)]
+        return self._draws[:count]
 
     def accept(self, token: int, logprob: TokenLogprob | None) -> tuple[int, ...]:
         """Add an id; the ids that have become certain by it."""
         sampling = self.request.sampling
         self.text.ids.append(token)
+        del self._draws[:1]
         if logprob is not None:
             self.logprobs.append(logprob)
         answer = self.answer
@@ -98,3 +113,11 @@ class Sample:
 
     def _kept(self, count: int) -> int:
         return self.stops.certain if self.stops is not None and self.stops.found else count
+
+
+def choose(logits: Tensor, places: Sequence[tuple[Sample, Sequence[int]]]) -> Tensor:
+    """The id each sample goes on with after ids that are guessed to follow it: (B, V) -> (B,)."""
+    asked = [each.request.sampling for each, _ in places]
+    rows = [(each.request.sampling, each.request.prompt, [*each.answer, *guess]) for each, guess in places]
+    drawn = [each.draws(len(guess) + 1)[-1] for each, guess in places]
+    return sample(penalized(logits, rows), Filters.of(asked, logits.device), drawn)

@@ -8,11 +8,17 @@ from puna.infer.sample import Sample
 
 
 class Chunk(NamedTuple):
-    """The ids start .. start + length - 1 of a sample."""
+    """The ids start .. start + length - 1 of a sample, and what is guessed to follow them."""
 
     sample: Sample
     start: int
     length: int
+    guess: tuple[int, ...] = ()
+
+    @property
+    def ids(self) -> list[int]:
+        """What is computed."""
+        return [*self.sample.text.ids[self.start : self.start + self.length], *self.guess]
 
 
 class Scheduler:

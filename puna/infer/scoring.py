@@ -19,12 +19,12 @@ def score_prompts(chunks: Sequence[Chunk], hidden: Tensor, head: Callable[[Tenso
         head: (rows, dim) -> (rows, vocab_size) logits.
     """
     first, rows, targets, owners = 0, list[int](), list[int](), []
-    for each, start, length in chunks:
+    for each, start, length, guess in chunks:
         places = range(max(start, each.unscored.start), min(start + length, each.unscored.stop))
         rows += [first + p - start for p in places]
         targets += [each.text.ids[p + 1] for p in places]
         owners += [each] * len(places)
-        first += length
+        first += length + len(guess)
     size = max(1, _LOGITS // vocab_size)
     for at in range(0, len(rows), size):
         logits = head(hidden[rows[at : at + size]])

@@ -6,13 +6,18 @@ what its table holds (Kwon et al. 2023, with prompts and single tokens in the sa
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from puna.ops.attention import attention, attention_eager
+from puna.ops.native.block import attend
+from puna.ops.native.library import native
+from puna.ops.native.linear import takes
 
+_FEW = 16  # tokens of a piece: a guess that is looked at, and not a prompt
 BLOCK = 32  # tokens: 4 kB of bf16 keys of 64 a head, long enough to be read at full speed
 
 
@@ -54,6 +59,16 @@ class Pieces:
         self.groups = [_group(members, device) for members in by_size.values()]
         self.tokens = first
 
+    @cached_property
+    def single(self) -> tuple[Tensor, Tensor] | None:
+        """Where every piece is a token or a few, on a CPU: of each token its table (N, M) and how many it sees (N,)."""
+        if any(piece.length > _FEW for piece in self.pieces) or self.blocks.device.type != "cpu":
+            return None
+        lengths = [p + 1 for start, length, _ in self.pieces for p in range(start, start + length)]
+        width = -(-max(lengths) // BLOCK)
+        tables = [(table + [0] * width)[:width] for _, length, table in self.pieces for _ in range(length)]
+        return torch.tensor(tables), torch.tensor(lengths)
+
 
 def paged_attention_eager(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Tensor:
     """The oracle: one piece after another, each over its own keys and values laid out in a row.
@@ -78,7 +93,13 @@ def paged_attention_eager(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values:
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Tensor:
-    """`paged_attention_eager` for pieces of one size at a time."""
+    """`paged_attention_eager` for pieces of one size at a time; single tokens and a few by the native kernel."""
+    library = native() if takes(q) and pieces.single is not None and _plain(q, keys) else None
+    if library is not None and pieces.single is not None:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, D), (N, K, D), (N, K, D)
+        tables, lengths = pieces.single
+        heads = attend(library, q, k, v, keys, values, pieces.blocks, pieces.slots, tables, lengths)
+        return heads.transpose(0, 1)[None]
     _store(k, v, keys, values, pieces)
     if len(pieces.groups) == 1 and pieces.groups[0].rows.shape[1] == 1:  # single tokens only: nothing to pick or place
         heads = _of_group(q.permute(2, 1, 0, 3), k, v, keys, values, pieces.groups[0])
@@ -92,6 +113,10 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
         else:
             out[group.rows[group.real]] = heads[group.real]
     return out.transpose(0, 1)[None]
+
+
+def _plain(q: Tensor, keys: Tensor) -> bool:
+    return q.dtype == keys.dtype and keys.is_contiguous() and q.shape[-1] % 16 == 0
 
 
 def _of_group(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, group: Group) -> Tensor:

@@ -64,6 +64,10 @@ class Tokenizer:
         """Rows the embedding needs: the largest id + 1."""
         return max(self._engine.get_vocab(with_added_tokens=True).values()) + 1
 
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Whether every id means the same in both."""
+        return self._engine.get_vocab(with_added_tokens=True) == other._engine.get_vocab(with_added_tokens=True)
+
     @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Control tokens by name."""

@@ -10,6 +10,7 @@ import torch
 
 from puna.checkpoint.gguf.blocks import Ggml
 from puna.checkpoint.gguf.file import Gguf, open_gguf
+from puna.checkpoint.gguf.packed import PACKED, unpacked_blocks
 from puna.checkpoint.gguf.rope import TENSOR as ROPE
 from puna.checkpoint.gguf.rope import refuse_other_scaling, rope_scaling
 from puna.checkpoint.rope_layout import is_rotated, to_halves
@@ -17,6 +18,8 @@ from puna.checkpoint.stored import Stored, Weight
 from puna.errors import CheckpointError
 from puna.lineage import parse_lineage
 from puna.model.config import ModelConfig, RopeScaling
+from puna.ops.packed import Packed
+from puna.ops.packed_layers import packed_rows
 from puna.tokenizer.gguf_vocab import vocab_files
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -110,19 +113,28 @@ def gguf_name(name: str) -> str:
 
 
 def _weight(file: Gguf, name: str, config: ModelConfig) -> Weight:
-    dtype = _DTYPES.get(file.kind(name))
+    kind, rotated = file.kind(name), is_rotated(our_name(name))
+    dtype = _DTYPES.get(kind)
+
+    def packed() -> Packed:
+        weight = unpacked_blocks(file.raw(name), kind, file.shape(name))
+        rows = to_halves(torch.arange(len(weight.codes)), config.head_dim) if rotated else None
+        return weight if rows is None else packed_rows(weight, rows)
 
     def read() -> torch.Tensor:
         if dtype is None:
             weight = torch.from_numpy(file.read(name))
         else:
             weight = torch.from_numpy(file.raw(name).copy()).view(dtype).view(file.shape(name))
-        return to_halves(weight, config.head_dim) if is_rotated(our_name(name)) else weight
+        return to_halves(weight, config.head_dim) if rotated else weight
 
     # RoPE's rows lie in another order, but are never the largest matrix
-    by_rows = dtype is None and len(file.shape(name)) == 2 and not is_rotated(our_name(name))
-    parts = (lambda: map(torch.from_numpy, file.read_rows(name))) if by_rows else None
-    return Weight(file.shape(name), dtype or torch.float32, read, True, dtype is None, parts)
+    by_rows = dtype is None and len(file.shape(name)) == 2 and not rotated
+    return Weight(
+        file.shape(name), dtype or torch.float32, read, owned=True, quantized=dtype is None,
+        packed=packed if kind in PACKED and len(file.shape(name)) == 2 else None,
+        read_parts=(lambda: map(torch.from_numpy, file.read_rows(name))) if by_rows else None,
+    )  # fmt: skip
 
 
 def _count(file: Gguf, key: str, default: int | None = None) -> int:

@@ -42,7 +42,7 @@ def budget_for(storages: tuple[str, str], gap: float | None, dtype: str) -> Budg
         dtype: what both compute in.
     """
     same = SAME._replace(logits=_BF16_LOGITS, answers=False) if dtype == "bf16" else SAME
-    bits = [int(n) for storage in storages for n in re.findall(r"\bI?Q(\d)", storage)]
+    bits = [int(n) for storage in storages for n in re.findall(r"\b(?:I?Q|INT|NF)(\d)", storage)]
     kinds = [set(re.findall(r"\b(?:BF16|F16|F32|F64)\b", storage)) for storage in storages]
     if gap == 0 or not (bits or kinds[0] != kinds[1]):
         return same

@@ -1,0 +1,1 @@
+"""Kernels in C++ for what torch leaves slow on a CPU: few rows through big weights."""

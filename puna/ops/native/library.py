@@ -1,0 +1,175 @@
+"""Builds and loads the native kernels: C++ beside this file, made at first use with the machine's own compiler.
+
+The library is called by the hash of its sources, compiler and flags, so one of older sources is never loaded. It holds
+paths for AVX-512, AVX2 and any x86-64, and the CPU it runs on decides, so machines may share a home.
+
+`PUNA_NATIVE=0` does without it; `PUNA_NATIVE=avx2` or `portable` takes a lower path than the CPU's best.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puna.log import log
+from puna.packages import cache as packages
+
+LEVELS = ("portable", "avx2", "avx512")
+KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math")
+_COMPILERS = ("g++", "clang++", "c++")
+_SECONDS = 300
+
+
+class Weight(ctypes.Structure):
+    """See types.h."""
+
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("mins", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("out", ctypes.c_int64),
+        ("in_", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("half_scales", ctypes.c_int32),
+        ("dynamic", ctypes.c_int32),
+    ]
+
+
+class Call(ctypes.Structure):
+    """See types.h."""
+
+    _fields_ = [
+        ("level", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("bf16", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+    ]
+
+
+class Block(ctypes.Structure):
+    """See types.h."""
+
+    _fields_ = [
+        *((name, Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("attention_norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("norms_bf16", ctypes.c_int32),
+    ]
+
+
+class Pool(ctypes.Structure):
+    """See types.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "blocks", "slots", "tables", "lengths")),
+        *((name, ctypes.c_int64) for name in ("width", "block", "heads", "kv_heads", "head_dim")),
+    ]
+
+
+class Native:
+    """The loaded library. ctypes lets go of Python's lock during a call."""
+
+    def __init__(self, library: ctypes.CDLL, level: int):
+        self.level = level
+        self.linear = _function(library.puna_linear, "pppp")
+        self.expand = _function(library.puna_expand, "ppnnp")
+        self.before = _function(library.puna_before, "pppppppp")
+        self.after = _function(library.puna_after, "ppppp")
+        self.attend = _function(library.puna_attend, "pppppp")
+
+    def call(self, dtype: torch.dtype, rows: int) -> Call:
+        """How a kernel is to run now: activations of this dtype, by as many threads as torch would use."""
+        return Call(self.level, torch.get_num_threads(), dtype == torch.bfloat16, rows)
+
+
+def _function(found: Any, arguments: str) -> Callable[..., None]:
+    found.argtypes = [{"p": ctypes.c_void_p, "n": ctypes.c_int64}[kind] for kind in arguments]
+    found.restype = None
+    return found
+
+
+@cache
+def native() -> Native | None:
+    """The library at this CPU's best level, or None; why is logged, once."""
+    loaded = load(os.environ.get("PUNA_NATIVE", "auto"))
+    if isinstance(loaded, str):
+        log.info("native kernels: none (%s); torch's are used", loaded)
+        return None
+    log.info("native kernels: %s", LEVELS[loaded.level])
+    return loaded
+
+
+def load(wanted: str) -> Native | str:
+    """The library, built when it is not there yet; or why there is none.
+
+    Args:
+        wanted: `auto`, `0`, or one of LEVELS.
+    """
+    if wanted == "0":
+        return "PUNA_NATIVE=0"
+    if wanted not in ("auto", "1", *LEVELS):
+        return f"PUNA_NATIVE={wanted} is none of 0, auto, {', '.join(LEVELS)}"
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"they are for Linux on x86-64, this is {platform.system()} on {platform.machine()}"
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        return f"no C++ compiler: none of {', '.join(_COMPILERS)} is installed"
+    try:
+        library = _open(compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{Path(compiler).name} made no library: {_told(error)}"
+    best = library.puna_level()
+    level = LEVELS.index(wanted) if wanted in LEVELS else best
+    return Native(library, level) if level <= best else f"this CPU has no {wanted}"
+
+
+def _open(compiler: str) -> ctypes.CDLL:
+    target = packages().with_name("native") / f"{_hash(compiler)}.so"
+    if target.exists():
+        try:
+            return ctypes.CDLL(str(target))
+        except OSError:  # cut short by a full disk, or another system's
+            log.info("native kernels: %s cannot be loaded and is built again", target)
+    _build(compiler, target)
+    return ctypes.CDLL(str(target))
+
+
+def _build(compiler: str, target: Path) -> None:
+    """Compile under a name of our own, then rename: processes that build at once each put a whole file in place."""
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log.info("native kernels: building once with %s", Path(compiler).name)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        command = [compiler, *_FLAGS, str(Path(__file__).with_name("native.cpp")), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        made.chmod(0o700)
+        made.replace(target)
+
+
+def _hash(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS).stdout
+    told = hashlib.sha256(repr((version, _FLAGS)).encode())
+    for source in sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".h", ".cpp")):
+        told.update(source.name.encode() + source.read_bytes())
+    return told.hexdigest()[:32]
+
+
+def _told(error: Exception) -> str:
+    lines = str(getattr(error, "stderr", "") or error).strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else "")[:200]
