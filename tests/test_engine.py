@@ -1,12 +1,14 @@
 """The engine against `generate`, whatever else it serves, however small its cache and its steps."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from test_model import BASE, build
 
+from puna.errors import ResourceError, UsageError
 from puna.infer.engine import Engine
 from puna.infer.generate import generate
 from puna.infer.request import Request, Sampling
@@ -106,3 +108,125 @@ def test_score_equals_full_forwards(model: Transformer) -> None:
             assert got.total == pytest.approx(sum(want), abs=1e-5)
             assert got.greedy == all(int(p.argmax()) == i for p, i in zip(logp, continuation, strict=False))
         assert all(likelihood.greedy for likelihood in found[-4:])
+
+
+def test_samples_of_a_prompt_share_its_blocks_and_differ(model: Transformer) -> None:
+    """n copies of a long prompt in the cache, or n times the same answer."""
+    prompt = prompts(1)[0][:1] * 120
+    engine = Engine(model, tokens=160 * 8)
+    engine.add(Request(prompt, Sampling(max_tokens=20, temperature=1.5, n=8, seed=5)))
+    sizes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].numel()))
+    most, result = 0, None
+    while engine.busy:
+        result = engine.step()[-1].result
+        most = max(most, engine.cache.blocks.used)
+    handle.remove()
+    assert result is not None
+    texts = [list(completion.token_ids) for completion in result.completions]
+    assert texts == [alone(model, Request(prompt, Sampling(20, temperature=1.5, seed=5 + i))) for i in range(8)]
+    assert len({*map(tuple, texts)}) > 4
+    assert sum(sizes) == 120 + 7 + 8 * 19  # the prompt once, its last id for each, every id but each answer's last
+    assert most == 3 + 8 * 2  # of 120 ids three blocks are full; then come each sample's own
+
+
+def test_shared_beginnings_are_computed_once(model: Transformer) -> None:
+    """Solved examples before every question, computed for each of them, also where they end inside a block."""
+    common = [7, *range(50), *range(25)]
+    rows = [(common, [n, n + 1, n + 2]) for n in range(10)]
+    sizes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].numel()))
+    Engine(model).score(rows)
+    handle.remove()
+    assert sum(sizes) == len(common) + 2 + 9 * 3
+
+
+@pytest.mark.parametrize("change", ["in place", "an optimizer's step", "replaced", "through .data"])
+def test_no_text_is_written_by_old_weights(change: str) -> None:
+    """Training between two calls, and keys and values of before it under the prompts of after it."""
+    model = build(CONFIG, torch.float64).eval()
+    engine, requests = Engine(model), [Request(p, Sampling(max_tokens=8)) for p in prompts(4)]
+    before = answers(engine, requests)
+    weight = model.layers[0].self_attn.k_proj.weight
+    if change == "an optimizer's step":
+        weight.grad = torch.ones_like(weight)
+        torch.optim.AdamW([weight], lr=1.0, fused=True).step()
+    elif change == "replaced":
+        model.layers[0].self_attn.k_proj.weight = torch.nn.Parameter(weight.detach().flip(0))
+    elif change == "in place":
+        weight.detach().mul_(-1)
+    else:
+        weight.data = weight.data.flip(0)
+        engine.forget()
+    after = answers(engine, requests)
+    assert after == [alone(model, request) for request in requests]
+    assert after != before
+
+
+def test_a_failed_step_leaves_a_sound_engine(model: Transformer) -> None:
+    """Blocks that are said to hold what a failed forward never computed."""
+    engine, requests = Engine(model), mixed(8)
+
+    def fail(module: object, inputs: object, output: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.layers[1].register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(requests)
+    handle.remove()
+    assert engine.cache.blocks.used == 0
+    assert not engine.busy
+    assert answers(engine, requests) == [alone(model, request) for request in requests]
+    with pytest.raises(KeyboardInterrupt):  # of what is called with the events: what is in the cache stays there
+        engine.run(requests, lambda event: fail(0, 0, 0))
+    assert (engine.cache.blocks.used, engine.busy) == (0, False)
+
+
+def test_logprobs_are_those_of_full_forwards(model: Transformer) -> None:
+    """Log-probabilities of what a temperature and filters made of the logits, or of the place beside."""
+    sampling = Sampling(max_tokens=9, temperature=2.0, top_k=5, repetition_penalty=1.3, logprobs=3)
+    requests = [Request(p, sampling, score_from=1) for p in prompts(6)]
+    plain = replace(sampling, logprobs=0)
+    for request, result in zip(requests, Engine(model, chunk=24).run(requests), strict=True):
+        got, n = result.completions[0], len(request.prompt)
+        with torch.no_grad():
+            logp = model(torch.tensor([[*request.prompt, *got.token_ids]]))[0].log_softmax(-1)
+        chosen = [float(p[i]) for p, i in zip(logp, [*request.prompt[1:], *got.token_ids], strict=False)]
+        assert [*result.prompt_logprobs, *(t.chosen for t in got.logprobs)] == pytest.approx(chosen, abs=1e-5)
+        for place, told in zip(logp[n - 1 :], got.logprobs, strict=False):
+            best = place.topk(3)
+            assert [i for i, _ in told.top] == best.indices.tolist()
+            assert [p for _, p in told.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+    [result] = Engine(model).run([Request([1], plain)])
+    assert [told.top for told in result.completions[0].logprobs] == [()] * 9
+
+
+def test_the_ends_of_answers(model: Transformer) -> None:
+    """A stop id that is not the last id, a context that overflows, a reason that is not the reason."""
+    prompt = prompts(1)[0]
+    ids = alone(model, Request(prompt, Sampling(max_tokens=10)))
+    stop = ids.index(ids[4])
+    long = [5] * 155
+    requests = [
+        Request(prompt, Sampling(max_tokens=10, stop_ids=[ids[4]])),
+        Request(prompt, Sampling(max_tokens=10)),
+        Request(long, Sampling(max_tokens=10)),
+        Request(long, Sampling(max_tokens=0)),
+    ]
+    found = [result.completions[0] for result in Engine(model).run(requests)]
+    assert [f.finish_reason for f in found] == ["stop", "length", "length", "length"]
+    assert [list(f.token_ids) for f in found[:2]] == [ids[: stop + 1], ids]
+    assert [len(f.token_ids) for f in found[2:]] == [5, 0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "told"),
+    [([], {}, "empty prompt"), ([97], {}, r"outside 0\.\.96"), ([1] * 160, {}, "context holds 160"),
+     ([1], {"stop": ["x"]}, "decode"), ([1], {"top_p": 2}, "top_p=2"), ([1], {"n": 0}, "n=0")],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(prompt: list[int], words: dict[str, Any], told: str, model: Transformer) -> None:
+    """An id beyond the embedding ends the process on a GPU; a request too long would never be scheduled."""
+    with pytest.raises(UsageError, match=told):
+        Engine(model).add(Request(prompt, Sampling(**words)))
+    with pytest.raises(ResourceError, match="holds 64"):
+        Engine(model, tokens=64).add(Request([1] * 60, Sampling(max_tokens=20)))

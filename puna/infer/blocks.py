@@ -114,9 +114,8 @@ class Blocks:
         best: Beginning | None = None
         for block in self._begun.get((before, ids[0]), [])[-_TRIED:] if ids else []:
             held = self._content[block].ids
-            count = next(
-                (i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids))
-            )
+            shorter = min(len(held), len(ids))
+            count = next((i for i in range(shorter) if held[i] != ids[i]), shorter)
             if best is None or count > best.length:
                 best = Beginning(block, count, count <= self._planned.get(block, BLOCK))
         return best

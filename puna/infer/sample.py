@@ -19,6 +19,8 @@ class Sample:
     limit: int
     """Most ids that prompt and answer have together."""
     decode: Decode | None
+    first_key: bytes = b""
+    """Of what its keys and values depend on besides ids; set before it is scheduled."""
     text: CachedText = field(init=False)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
@@ -53,10 +55,18 @@ class Sample:
         return self.scored.stop  # the last id of a prompt that is not continued predicts nothing that is asked for
 
     @property
+    def unscored(self) -> range:
+        """What of it has no score yet."""
+        return self.scored[len(self.prompt_logprobs) :]
+
+    @property
     def reusable(self) -> int:
-        """How many ids need no computing if the cache has them: those whose output nobody asked for."""
-        unscored = self.scored.start + len(self.prompt_logprobs)
-        return min(unscored, self.goal - 1) if len(self.prompt_logprobs) < len(self.scored) else self.goal - 1
+        """How many ids need no computing if the cache has them: those whose output nobody asks for."""
+        return min([self.goal - 1, *self.unscored[:1]])
+
+    def draw(self) -> float:
+        """The number in 0..1 that decides its next id; one for each id, so that no schedule changes a text."""
+        return float(torch.rand(1, generator=self.random)) if self.request.sampling.temperature else 0.0
 
     def accept(self, token: int, logprob: TokenLogprob | None) -> tuple[int, ...]:
         """Add an id; the ids that have become certain by it."""

@@ -1,8 +1,8 @@
 """Attention over a cache of blocks: a plain oracle, and rows of like size computed together. One signature.
 
-Keys and values of a layer lie in a pool (blocks, K, BLOCK, D); position p of a row is slot p % BLOCK of block p // BLOCK
-of its table. A step is one flat row of N tokens: pieces of several texts one after another, each continuing what its
-table holds (Kwon et al. 2023, with prompts and single tokens in the same pass).
+Keys and values of a layer lie in a pool (blocks, K, BLOCK, D): those of position p of a text in slot p % BLOCK of block
+p // BLOCK of its table. A step is one flat row of N tokens: pieces of several texts one after another, each continuing
+what its table holds (Kwon et al. 2023, with prompts and single tokens in the same pass).
 """
 
 from dataclasses import dataclass
@@ -85,9 +85,8 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
         return heads.permute(2, 1, 0, 3)
     out = torch.empty_like(q[0]).transpose(0, 1)  # (N, H, D)
     for group in pieces.groups:
-        heads = _of_group(q[0][:, group.rows].transpose(0, 1), k, v, keys, values, group).transpose(
-            1, 2
-        )  # (B, T, H, D)
+        heads = _of_group(q[0][:, group.rows].transpose(0, 1), k, v, keys, values, group)
+        heads = heads.transpose(1, 2)  # (B, T, H, D)
         if group.real is None:
             out[group.rows] = heads
         else:
@@ -116,14 +115,11 @@ def _gathered(pool: Tensor, tables: Tensor) -> Tensor:
 
 
 def _size(piece: Piece) -> tuple[int, int, bool]:
-    """What pieces of one group have in common: queries, blocks, whether they begin their text. A quarter is padding."""
+    """What pieces of a group have in common: about their queries (a quarter more) and blocks (twice), and whether they
+    begin their text. A group costs as much as 50 blocks, so tighter ones do not pay."""
+    step = 1 << max(0, (piece.length - 1).bit_length() - 2)
     blocks = -(-(piece.start + piece.length) // BLOCK)
-    return _rounded(piece.length), _rounded(blocks), piece.start == 0 and piece.length > 1
-
-
-def _rounded(count: int) -> int:
-    step = max(1, 1 << max(0, (count - 1).bit_length() - 2))
-    return -(-count // step) * step
+    return -(-piece.length // step) * step, (blocks - 1).bit_length(), piece.start == 0 and piece.length > 1
 
 
 def _group(members: list[tuple[int, Piece]], device: torch.device) -> Group:
