@@ -94,20 +94,20 @@ def test_winogrande_fills_the_blank() -> None:
 def test_rows_are_asked_as_a_standard_asks_them(assets: Path, requests: str, name: str) -> None:
     """Our words for a row are those of OLMES's requests for the same row, after their five examples."""
     theirs = read_requests(assets / f"eval/olmes_requests/{requests}.jsonl.gz").questions
-    ours = read_questions(name, TASKS[name], assets / "eval").questions
-    by_id = {question.id: question for question in ours}
-    rows = read_rows(assets / f"eval/olmes_requests/{requests}.jsonl.gz")
-    ids = list(dict.fromkeys(str(row["doc"].get("id", row["doc"].get("ind"))) for row in rows))
-    header = theirs[0].contexts[0].removesuffix(by_id[ids[0]].contexts[0])
-    assert header.count("\n\n") == 5
-    compared = 0
-    for asked, number in zip(theirs, ids, strict=False):
-        own = by_id[number].after(header)
-        assert own.contexts == asked.contexts
-        assert own.continuations == asked.continuations
-        assert own.gold == asked.gold
-        compared += 1
-    assert compared > 500
+    *examples, _ = theirs[0].contexts[0].split("\n\n")
+    assert len(examples) == 5
+    header = "".join(example + "\n\n" for example in examples)
+    # OLMES also shortens the dots that HellaSwag's removed titles leave; lm-eval, whose words ours are, does not
+    dots = ".. " if name == "hellaswag" else ". "
+    ours = {
+        tuple(text.replace(dots, ". ") for text in (*q.contexts, *q.continuations, str(q.gold)))
+        for q in read_questions(name, TASKS[name], assets / "eval").questions
+    }
+    assert len(theirs) > 500
+    for asked in theirs:
+        assert all(context.startswith(header) for context in asked.contexts)
+        plain = tuple(context.removeprefix(header) for context in asked.contexts)
+        assert (*plain, *asked.continuations, str(asked.gold)) in ours
 
 
 def test_requests_with_and_without_their_question(assets: Path) -> None:
