@@ -10,8 +10,10 @@ from test_model import BASE, build
 
 from puna.eval import tasks
 from puna.eval.perplexity import text_bits_per_byte
-from puna.eval.tasks import Score, TaskConfig, compare, evaluate_task, gain, in_batches, majority, matches
+from puna.eval.tasks import Score, TaskConfig, answerer, compare, evaluate_task, gain, majority, matches
+from puna.infer.llama import Llama
 from puna.model.config import ModelConfig
+from puna.model.resize import resize_embeddings
 from puna.tokenizer.tokenizer import Tokenizer
 
 RIGHT = [("The sum is 7.", "7"), ("1 + 2 = 3", "3"), ("It is -4", "-4"), ("1,234", "1234"), ("It is 'Nus'!", "nus")]
@@ -74,18 +76,17 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_question_gets_its_own_answer(sums: None) -> None:
-    """Sorted into batches, a reply that lands on its neighbour's question scores at chance."""
+    """A reply that lands on its neighbour's question scores at chance."""
     seen: list[list[dict[str, Any]]] = []
 
     def answer(conversations: list[list[dict[str, Any]]]) -> list[str]:
-        assert len(conversations) <= 4
         seen.extend(conversations)
         return [
             str(int(c[-1]["content"].split("+")[0]) + int(c[-1]["content"].split("+")[1]) % 3) for c in conversations
         ]
 
     config = TaskConfig(tasks={"sums": {}}, limit=30, shots=2, lenient=False)
-    score = evaluate_task("sums", config, in_batches(answer, 4, lambda done: None))
+    score = evaluate_task("sums", config, answer)
     assert (score.right, score.n) == (30, 30)
     assert {len(c) for c in seen} == {5}
     asked = {c[-1]["content"] for c in seen}
@@ -108,3 +109,18 @@ def test_text_perplexity_equals_the_sum(tokenizer_folder: Path) -> None:
     assert scored == len(ids) - 1
     assert bits == pytest.approx(nats / math.log(2) / len(text.encode()))
     assert perplexity == pytest.approx(math.exp(nats / scored))
+
+
+def test_answers_are_those_of_generate(tokenizer_folder: Path) -> None:
+    """The engine answers 5 questions 2 at a time: in order, ended by stop ids, as if each had been asked alone."""
+    tokenizer = Tokenizer(tokenizer_folder)
+    model = build(ModelConfig(**{**BASE, "vocab_size": tokenizer.vocab_size, "max_seq_len": 256}), torch.float64).eval()
+    tokenizer = tokenizer.with_tokens(["<|im_start|>", "<|im_end|>"]).with_template("chatml")
+    model = resize_embeddings(model, tokenizer.vocab_size, 600)
+    llama = Llama(model, tokenizer, tokenizer_folder, tokenizer.stop_ids)
+    asked = [[{"role": "user", "content": "llama " * number}] for number in (3, 1, 4, 1, 5)]
+    told: list[int] = []
+    found = answerer(llama, 6, 2, told.append)(asked)
+    prompts = [llama.template.prompt(conversation) for conversation in asked]
+    assert found == [tokenizer.decode(row) for row in llama.continue_ids(prompts, 6)]
+    assert told == [1, 2, 3, 4, 5]

@@ -14,7 +14,7 @@ _DTYPES = ("auto", "fp32", "bf16", "fp64")
 _KNOWN = {
     "MODEL": MODELS,
     "SHELL": ("bash", "zsh", "fish"),
-    "what": ("recipes", "configs", "models", "runs"),
+    "what": ("recipes", "configs", "models", "tasks", "runs"),
     "--dtype": _DTYPES,
     "--device": ("auto", "cpu", "cuda", "mps"),
     "--save-dtype": ("bf16", "fp32", "fp16"),

@@ -49,10 +49,12 @@ def run(
 
 
 def ls(
-    what: Annotated[str, typer.Argument(help="recipes, configs, models or runs; all but runs by default.")] = "all",
+    what: Annotated[
+        str, typer.Argument(help="recipes, configs, models, tasks or runs; the first three by default.")
+    ] = "all",
     as_json: bool = Json,
 ) -> None:
-    """List recipes, configs, models or runs."""
+    """List recipes, configs, models, tasks of `puna eval`, or runs."""
     from puna.config import nearest
     from puna.recipes import CONFIGS, RECIPES
 
@@ -62,10 +64,13 @@ def ls(
 
         print_rows(find_runs(Path(".")), as_json)
         return
+    if what == "tasks":
+        print_rows(_tasks(), as_json)
+        return
     if what not in (*sections, "models", "all"):
         raise UsageError(
-            f"nothing called `{what}` to list" + nearest(what, [*sections, "models", "runs"]),
-            fix="puna ls recipes, configs, models or runs",
+            f"nothing called `{what}` to list" + nearest(what, [*sections, "models", "tasks", "runs"]),
+            fix="puna ls recipes, configs, models, tasks or runs",
         )
     rows: dict[str, list[dict[str, Any]]]
     rows = {kind: [{"name": n, "summary": s} for n, s in table.items()] for kind, table in sections.items()}
@@ -124,6 +129,22 @@ def _text(config: str) -> str:
     if config in RECIPES and config not in CONFIGS:
         return template(config_type(config)) + "\n"
     return config_file(config).read_text(encoding="utf-8")
+
+
+def _tasks() -> list[dict[str, Any]]:
+    """What can be measured: sets with data of their own, written-out requests, and problems that are made."""
+    from importlib.util import find_spec
+
+    from puna.eval.sets import PACKAGE
+    from puna.eval.table import TASKS
+
+    rows = [{"name": name, "summary": task.summary} for name, task in TASKS.items()]
+    rows.append({"name": "olmes:TASK/FORM", "summary": f"requests of {PACKAGE.requirement}: olmes:arc_easy/rc_5shot"})
+    if find_spec("reasoning_gym"):
+        from reasoning_gym import factory  # pyright: ignore[reportMissingImports]
+
+        rows += [{"name": name, "summary": "problems made by reasoning-gym"} for name in sorted(factory.DATASETS)]
+    return rows
 
 
 def _models() -> list[dict[str, Any]]:

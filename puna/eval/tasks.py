@@ -3,19 +3,24 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from typing import Any, NamedTuple
 
 from pydantic import NonNegativeInt, PositiveInt
 
 from puna.config import Config
 from puna.data.conversations import Tasks, problems
+from puna.infer.engine import Engine
 from puna.infer.llama import Llama
+from puna.infer.request import Event, Request
+from puna.infer.sampling import Sampling
 from puna.log import Progress
+from puna.ops.paged_attention import BLOCK
 
 _SOLVED = 1 << 24  # seed of solved examples
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_Z = 1.959964  # 95 %
+Z = 1.959964  # 95 %
 Answer = Callable[[list[list[dict[str, Any]]]], list[str]]
 """Conversations that end with a question -> the answers."""
 Interval = tuple[float, float, float]
@@ -61,8 +66,8 @@ class Score(NamedTuple):
     def interval(self) -> Interval:
         """Wilson score interval: right where the normal one fails, near 0 and 1."""
         p, n = self.accuracy, self.n
-        middle, half = p + _Z**2 / (2 * n), _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n * n))
-        return max(0.0, (middle - half) / (1 + _Z**2 / n)), p, min(1.0, (middle + half) / (1 + _Z**2 / n))
+        middle, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n * n))
+        return max(0.0, (middle - half) / (1 + Z**2 / n)), p, min(1.0, (middle + half) / (1 + Z**2 / n))
 
 
 def gain(before: Score, after: Score) -> Interval:
@@ -73,7 +78,7 @@ def gain(before: Score, after: Score) -> Interval:
     n = before.n + 2
     won = sum(b < a for b, a in zip(before.marks, after.marks, strict=True)) + 0.5
     lost = sum(b > a for b, a in zip(before.marks, after.marks, strict=True)) + 0.5
-    half = _Z * math.sqrt(won + lost - (won - lost) ** 2 / n) / n
+    half = Z * math.sqrt(won + lost - (won - lost) ** 2 / n) / n
     middle = (won - lost) / n
     return max(-1.0, middle - half), after.accuracy - before.accuracy, min(1.0, middle + half)
 
@@ -86,14 +91,29 @@ def check_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
 
 def evaluate_tasks(llama: Llama, config: TaskConfig) -> Iterator[Score]:
     """A score for each task of the config, asked by the model's own chat template."""
-
-    def answer(conversations: list[list[dict[str, Any]]]) -> list[str]:
-        rows = llama.continue_ids([llama.template.prompt(c) for c in conversations], config.max_tokens)
-        return [llama.tokenizer.decode(row) for row in rows]
-
     for task in config.tasks:
         with Progress(task, config.limit) as progress:
-            yield evaluate_task(task, config, in_batches(answer, config.batch_size, progress.update))
+            yield evaluate_task(task, config, answerer(llama, config.max_tokens, config.batch_size, progress.update))
+
+
+def answerer(llama: Llama, max_tokens: int, batch: int, progress: Callable[[int], None]) -> Answer:
+    """The likeliest answers of a model, `batch` written at a time."""
+    sampling = Sampling(max_tokens=max_tokens, stop_ids=tuple(llama.stop_ids))
+
+    def answer(conversations: list[list[dict[str, Any]]]) -> list[str]:
+        prompts = [llama.template.prompt(conversation) for conversation in conversations]
+        longest = max(map(len, prompts), default=0) + max_tokens
+        engine = Engine(llama.model, batch=batch, tokens=batch * (longest + BLOCK))
+        done = count()
+
+        def told(event: Event) -> None:
+            if event.result:
+                progress(next(done) + 1)
+
+        results = engine.run([Request(prompt, sampling) for prompt in prompts], told)
+        return [llama.tokenizer.decode(result.completions[0].token_ids) for result in results]
+
+    return answer
 
 
 def evaluate_task(task: str, config: TaskConfig, answer: Answer) -> Score:
@@ -141,18 +161,3 @@ def matches(reply: str, right: str) -> bool:
 
 def _equals(reply: str, right: str) -> bool:
     return reply.strip() == right.strip()
-
-
-def in_batches(answer: Answer, size: int, progress: Callable[[int], None]) -> Answer:
-    """`answer` on `size` conversations at a time, longest first so that a batch pads little."""
-
-    def all_of(conversations: list[list[dict[str, Any]]]) -> list[str]:
-        order = sorted(range(len(conversations)), key=lambda i: -sum(len(m["content"]) for m in conversations[i]))
-        replies: dict[int, str] = {}
-        for start in range(0, len(order), size):
-            chosen: Sequence[int] = order[start : start + size]
-            replies |= dict(zip(chosen, answer([conversations[i] for i in chosen]), strict=True))
-            progress(len(replies))
-        return [replies[i] for i in range(len(conversations))]
-
-    return all_of

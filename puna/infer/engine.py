@@ -270,7 +270,8 @@ class Engine:
             raise UsageError("an empty prompt has nothing to continue", fix="at least one token, BOS will do")
         if any(not 0 <= token < vocab_size for token in request.prompt):
             raise UsageError(f"a prompt has an id outside 0..{vocab_size - 1}", cause="ids of another tokenizer")
-        if length + (request.sampling.max_tokens > 0) > limit:
+        # an answer needs room for one id; of what is only scored, the last id is predicted and never read
+        if length + (1 if request.sampling.max_tokens else -1) > limit:
             raise UsageError(f"the prompt has {length} tokens, the context holds {limit}", fix="a shorter prompt")
         if request.score_from is not None and not 1 <= request.score_from <= length:
             raise UsageError(f"score_from={request.score_from}: nothing predicts the first id", fix=f"1..{length}")
