@@ -17,6 +17,7 @@ READ = 12_000  # characters of the text: some 3,000 ids
 ROWS: dict[str, dict[str, Any]] = {
     "int8": {"name": "int8"},
     "int4": {"name": "int4"},
+    "int4, calibrated": {"name": "int4", "calibrate": True},
     "int8-int4": {"name": "int8-int4"},
     "nf4-double": {"name": "nf4-double"},
 }
