@@ -132,7 +132,7 @@ def quantization_of(values: Mapping[str, Any], where: object) -> dict[str, Any]:
     """What a config.json says of quantized weights; nothing where they are plain."""
     section = values.get("quantization_config")
     if section is not None and (not isinstance(section, dict) or "quant_method" not in section):
-        raise CheckpointError("quantization_config does not say its quant_method", where=where)
+        raise CheckpointError("quantization_config is not supported: it does not say its quant_method", where=where)
     return section or {}
 
 

@@ -26,7 +26,7 @@ from puna.quant.quantize import pack_layers, planned
 from puna.quant.schemes import scheme
 
 CERTIFICATE = "certificate.json"
-_CALIBRATION = 16384  # ids; four times as many change little
+_CALIBRATION = 8192  # ids: some ten for each input of a small model, and minutes instead of hours for a large one
 
 
 def quantize(
@@ -58,7 +58,10 @@ def quantize(
     found = find_model(source)
     before = load(found, "fp32")
     planned(before.model, to)
-    size = sum(file.stat().st_size for file in open_model(found).files)
+    sizes = {
+        "before": sum(file.stat().st_size for file in open_model(found).files),
+        "bf16": 2 * count_parameters(before.model.config),  # of a tied head once
+    }
     first = _observed(before, prompts, max_tokens, text)
     plan = planned(before.model, to)
     with Progress("quantizing", len(plan)) as bar:
@@ -78,7 +81,7 @@ def quantize(
         after = load(folder, "fp32", packed=True)
         second = _observed(after, prompts, max_tokens, text, first)
         told = {"scheme": name, "group": to.linears.group, "compact": compact, "calibrated": bool(calibration)}
-        certificate = {**told, **_sizes(after, size), **_differences(first, second, len(text.encode()))}
+        certificate = {**told, **_sizes(after, sizes), **_differences(first, second, len(text.encode()))}
         write_json(folder / CERTIFICATE, {"format": 1, "source": str(source), **certificate})
     return certificate
 
@@ -116,14 +119,11 @@ def _observed(
     return observe(llama, prompts, max_tokens, text, rows=first and first.rows)
 
 
-def _sizes(after: Llama, before: int) -> dict[str, Any]:
+def _sizes(after: Llama, sizes: dict[str, int]) -> dict[str, Any]:
     packed = [layer.packed for layer in packed_layers(after.model).values()]
     bits = sum(8 * _nbytes(weight) for weight in packed) / sum(math.prod(weight.shape) for weight in packed)
     written = sum(file.stat().st_size for file in after.path.glob("*.safetensors"))
-    return {
-        "bits": bits,
-        "bytes": {"before": before, "after": written, "bf16": 2 * count_parameters(after.model.config)},
-    }
+    return {"bits": bits, "bytes": {**sizes, "after": written}}
 
 
 def _nbytes(packed: Packed) -> int:

@@ -1,0 +1,105 @@
+"""Writes docs/quantization.md: the certificates of SmolLM2-135M's schemes.
+
+python docs/quantization.py TEXT CALIBRATION [FOLDER]      (some ten minutes; the directories stay in FOLDER)
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from puna.eval.certificate import CERTIFICATE, quantize
+
+PAGE = Path(__file__).with_suffix(".md")
+MODEL = "smollm2-135m"
+READ = 12_000  # characters of the text: some 3,000 ids
+ROWS: dict[str, dict[str, Any]] = {
+    "int8": {"name": "int8"},
+    "int4": {"name": "int4"},
+    "int4, calibrated": {"name": "int4", "calibrate": True},
+    "int8-int4": {"name": "int8-int4"},
+    "nf4-double": {"name": "nf4-double"},
+}
+
+
+def certificates(text: Path, calibration: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Of every row; a directory that is there already is not made again."""
+    found = {}
+    for row, given in ROWS.items():
+        options = {key: value for key, value in given.items() if key not in ("name", "calibrate")}
+        if given.get("calibrate"):
+            options["calibration"] = calibration.read_text(encoding="utf-8")
+        target = folder / row.replace(", ", "-")
+        if not target.exists():
+            quantize(MODEL, target, given["name"], text=text.read_text(encoding="utf-8")[:READ], **options)
+        found[row] = json.loads((target / CERTIFICATE).read_text(encoding="utf-8"))
+    return found
+
+
+def line(row: str, told: dict[str, Any]) -> str:
+    """One row of the table."""
+    before, after = told["perplexity"]["before"], told["perplexity"]["after"]
+    cells = [
+        row, f"{told['bits']:.2f}", f"{told['bytes']['after'] / 1e6:.0f} MB",
+        f"{after:.2f} ({after / before - 1:+.1%})", f"{told['kl']['mean']:.3g}", f"{told['agreement']:.0%}",
+        f"{told['same_answers']} of {told['answers']}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def write(found: dict[str, dict[str, Any]], page: Path = PAGE) -> None:
+    """The page around the table."""
+    first = next(iter(found.values()))
+    size = f"{first['bytes']['bf16'] / 1e6:.0f} MB"
+    table = "\n".join(line(row, told) for row, told in found.items())
+    page.write_text(
+        _PAGE.format(table=table, size=size, before=first["perplexity"]["before"], bytes=first["text_bytes"]),
+        encoding="utf-8",
+    )
+
+
+_PAGE = """# Quantized weights
+
+```
+puna quantize my-model small --scheme int4                          # a model directory, and its certificate
+puna quantize my-model small --scheme int4 --calibrate text.txt     # rounded by a text (GPTQ)
+puna quantize my-model small --scheme int8 --text held_out.txt      # certified on a text of yours
+puna chat small
+```
+
+`small/certificate.json` holds what the rounding changed, measured in fp32 on what was written. This table is that of
+SmolLM2-135M-Instruct ({size} in bf16; perplexity {before:.2f} on the first {bytes:,} bytes of WikiText-2's validation
+text), written by `python docs/quantization.py`; do not edit it. So small a model suffers most from 4 bits, and its
+published weights were rounded to 4 bits (Q4_1) before.
+
+| scheme | bits a weight | size | perplexity | KL, nats | same next id | same answers |
+|---|---|---|---|---|---|---|
+| as published | | {size} | {before:.2f} | 0 | 100% | 8 of 8 |
+{table}
+
+Bits are those of the packed matrices with their scales, in memory. *Same next id*: over eight prompts and the model's
+own answers. *Calibrated*: on 8,192 ids of another part of that text.
+
+| scheme | weights | what opens it, beside puna |
+|---|---|---|
+| `int8` | 8 bits, a scale for each row (`--group 32`, 64, 128: of a row) | transformers, compressed-tensors |
+| `int4` | 4 bits in groups of 32 (64, 128); the head in 8 bits | the same |
+| `int8-int4` | as `int4`; what enters a product is rounded to 8 bits too (Llama 3.2's) | the same |
+| `nf4`, `nf4-double` | QLoRA's 4 bits in blocks of 64, scales in fp32 or 8 bits | transformers, PEFT, bitsandbytes |
+
+Tried with transformers 5.24, compressed-tensors 0.20 and bitsandbytes 0.50 on a CPU: int8 and int4 give equal logits,
+NF4 equal weights. With the head in 8 bits a tied embedding becomes one of its own and stays in bf16, because a look-up
+reads one row of it and transformers cannot open packed ones; `--compact` packs it with the head, once, for puna alone.
+
+A GGUF of Q8_0, Q4_0 or Q4_1 blocks is computed in as it lies by `chat`, `generate` and `eval`, and by
+`puna.load(file, packed=True)`. Training and `convert` dequantize. An adapter trains over packed weights
+(`puna.load(..., packed=True)`, then LoRA), and merges onto dequantized ones: `puna merge`.
+"""
+
+
+if __name__ == "__main__":
+    text, calibration = map(Path, sys.argv[1:3])
+    with tempfile.TemporaryDirectory() as scratch:
+        write(certificates(text, calibration, Path(sys.argv[3] if len(sys.argv) > 3 else scratch)))
+    print(PAGE)
