@@ -65,9 +65,6 @@ class Block(ctypes.Structure):
         *((name, Weight) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         ("attention_norm", ctypes.c_void_p),
         ("mlp_norm", ctypes.c_void_p),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
         ("eps", ctypes.c_float),
         ("norms_bf16", ctypes.c_int32),
     ]
@@ -78,7 +75,7 @@ class Pool(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("keys", "values", "blocks", "slots", "tables", "lengths")),
-        *((name, ctypes.c_int64) for name in ("width", "block", "heads", "kv_heads", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("width", "count", "block", "heads", "kv_heads", "head_dim")),
     ]
 
 
@@ -89,9 +86,8 @@ class Native:
         self.level = level
         self.linear = _function(library.puna_linear, "pppp")
         self.expand = _function(library.puna_expand, "ppnnp")
-        self.before = _function(library.puna_before, "pppppppp")
-        self.after = _function(library.puna_after, "ppppp")
         self.attend = _function(library.puna_attend, "pppppp")
+        self.forward = _function(library.puna_forward, "ppnpppp")
 
     def call(self, dtype: torch.dtype, rows: int) -> Call:
         """How a kernel is to run now: activations of this dtype, by as many threads as torch would use."""
