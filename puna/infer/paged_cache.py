@@ -38,18 +38,27 @@ class PagedCache:
         self.dtype, self.device = dtype, device
         self.blocks = Blocks(count)
         self._pool: tuple[Tensor, Tensor] | None = None
+        self._clean = 0
 
     @property
     def pool(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, (layers, blocks, K, BLOCK, D) each."""
-        if self._pool is None:  # zeros: a masked slot must not be NaN, which 0 * NaN would spread
-            keys, values = (torch.zeros(self.shape, dtype=self.dtype, device=self.device) for _ in range(2))
-            self._pool = keys, values
+        """Keys and values, (layers, blocks, K, BLOCK, D) each. Memory that was never written to is not touched."""
+        if self._pool is None:
+            keys, values = (torch.empty(self.shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            self._pool, self._clean = (keys, values), 0
         return self._pool
 
     def release(self) -> None:
         """Give the memory back. No text may be using it."""
         self._pool, self.blocks = None, Blocks(self.blocks.count)
+
+    def take(self) -> int:
+        """A block for one user; there has to be one available. Its slots are numbers, since 0 * NaN is not masked."""
+        block = self.blocks.take()
+        for x in self.pool:
+            x[:, self._clean : block + 1] = 0
+        self._clean = max(self._clean, block + 1)
+        return block
 
     def begin(self, text: CachedText, first_key: bytes, reuse: int) -> bool:
         """Take what is cached of the first `reuse` ids. False, with nothing taken: the next step will have more of it.
@@ -64,7 +73,7 @@ class PagedCache:
             self.end(text)
             return False
         if found is not None and found.length and found.ready and self.blocks.available:
-            block = self.blocks.take()
+            block = self.take()
             for x in self.pool:
                 x[:, block] = x[:, found.block]
             text.table.append(block)
@@ -86,7 +95,7 @@ class PagedCache:
         wanted = -(-(text.stored + count) // BLOCK) - len(text.table)
         if wanted > 0 and wanted + spare > self.blocks.available:
             return False
-        text.table += [self.blocks.take() for _ in range(wanted)]
+        text.table += [self.take() for _ in range(wanted)]
         return True
 
     def plan(self, text: CachedText, count: int) -> None:
