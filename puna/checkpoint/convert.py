@@ -21,7 +21,7 @@ from puna.config import nearest
 from puna.errors import CheckpointError, UsageError
 from puna.files import as_path, atomic_file, atomic_folder, require_space
 from puna.lineage import lineage
-from puna.log import Progress
+from puna.log import Progress, log
 
 _OPTIONS = {"hf": {"dtype"}, "meta": {"dtype", "shards"}, "gguf": {"kind"}, "llama2.c": {"kind"}}
 _LLAMA2C = {"v0": 4.0, "v1": 4.0, "v2": 1.0}  # bytes of a weight; v2 has a scale for each group besides
@@ -55,6 +55,8 @@ def convert(
     if format != "llama2.c":  # which holds weights alone
         stored = _with_tokenizer(stored)
     kind = _kind(format, kind)
+    if stored.quantized:
+        log.info("weights: %s, dequantized to be written anew", stored.storage)
     if format == "meta":
         check_shards(stored.config, shards or 1)
     require_space(_existing(target), _size(stored, format, dtype, kind))

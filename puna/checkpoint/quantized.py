@@ -30,9 +30,10 @@ def packed_tensors(
     Raises:
         UsageError: weights that no layout has a place for.
     """
-    layers = {to_disk_name(name): layer.packed for name, layer in packed_layers(model).items()}
-    if model.config.tie_embeddings:  # stored once, as the head, whose product may round its input
-        layers["model.embed_tokens"] = layers.pop("lm_head", layers["model.embed_tokens"])
+    found = packed_layers(model)
+    if model.config.tie_embeddings and "lm_head" in found:  # stored once: as the head, which may round its input
+        found["embed_tokens"] = found.pop("lm_head")
+    layers = {to_disk_name(f"{n}.weight").removesuffix(".weight"): layer.packed for n, layer in found.items()}
     tables = {packed.table is not None for packed in layers.values()}
     if tables == {True}:
         parts = [bitsandbytes.tensors_of(f"{n}.weight", packed, nested, dtype) for n, packed in layers.items()]

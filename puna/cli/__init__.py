@@ -18,6 +18,7 @@ from puna.cli import (
     inspect,
     look,
     models,
+    quantize,
     quickstart,
     verify,
 )
@@ -39,6 +40,7 @@ configs.register(app)
 models.register(app)
 inspect.register(app)
 convert.register(app)
+quantize.register(app)
 chat.register(app)
 evaluate.register(app)
 download.register(app)

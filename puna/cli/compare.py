@@ -17,9 +17,9 @@ def compare(a: str, b: str, as_json: bool, prompts: Path | None, text: Path | No
     from puna.eval.parity.verify import verify
 
     if prompts is not None:
-        options["prompts"] = [line for line in _read(prompts).splitlines() if line.strip()]
+        options["prompts"] = [line for line in read_text(prompts).splitlines() if line.strip()]
     if text is not None:
-        options["text"] = _read(text)
+        options["text"] = read_text(text)
     found = verify(a, against=b, **options)
     print_json(found) if as_json else print("\n".join(_table(found)))
     return found["ok"]
@@ -46,7 +46,12 @@ def _wrapped(head: str, text: str) -> list[str]:
     return textwrap.wrap(harmless(text), _WIDTH, initial_indent=head, subsequent_indent=" " * min(len(head), room))
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 text that a user named.
+
+    Raises:
+        DataError: no such file, another encoding, or nothing in it.
+    """
     from puna.config import nearest_path
 
     path = path.expanduser()

@@ -6,12 +6,11 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from puna.model.mode import evaluating
 from puna.model.transformer import Transformer
 from puna.ops.cross_entropy import linear_cross_entropy
-from puna.ops.packed_layers import PackedLinear
 from puna.tokenizer.tokenizer import Tokenizer
 
 _ROWS = 512  # of logits at a time: 100 MB of Llama 2's, 260 of Llama 3's
@@ -78,7 +77,7 @@ def text_bits_per_byte(
 
 def _nats(model: Transformer, hidden: Tensor, labels: Tensor) -> Tensor:
     """Sum of -log p of labels (N,) after hidden (N, dim). A packed head is asked: it may round what enters it."""
-    if not isinstance(model.lm_head, PackedLinear):
+    if isinstance(model.lm_head, nn.Linear):
         return linear_cross_entropy(hidden, model.lm_head.weight, labels)
     parts = zip(hidden.split(_ROWS), labels.split(_ROWS), strict=True)
     return sum((F.cross_entropy(model.lm_head(x).float(), y, reduction="sum") for x, y in parts), hidden.new_zeros(()))

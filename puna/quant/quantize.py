@@ -13,25 +13,24 @@ from puna.ops.packed_layers import PackedEmbedding, PackedLinear, packed_layers
 from puna.quant.schemes import Kind, Scheme, scheme
 
 
-@torch.no_grad()
-def quantize_model(
-    model: Transformer, to: Scheme | str, progress: Callable[[str], None] = lambda name: None,
-    packed: Mapping[str, Packed] | None = None,
-) -> None:  # fmt: skip
+def quantize_model(model: Transformer, to: Scheme | str) -> None:
     """Replace linear layers, head and embedding by packed ones, as `to` says; what was replaced is let go of.
-
-    Args:
-        progress: is told the name of each layer that is done.
-        packed: layers that were rounded already, by name (see `gptq`).
 
     Raises:
         UsageError: a layer whose size does not divide, adapters, or a model that is packed already.
         NumericError: weights that are not finite.
     """
-    to = scheme(to) if isinstance(to, str) else to
-    for name, kind in planned(model, to).items():
-        done = packed[name] if packed and name in packed else kind.pack(_plain(model, name))
-        put(model, name, done, done.codes.device)
+    pack_layers(model, planned(model, scheme(to) if isinstance(to, str) else to))
+
+
+@torch.no_grad()
+def pack_layers(
+    model: Transformer, plan: Mapping[str, Kind], progress: Callable[[str], None] = lambda name: None
+) -> None:
+    """Round the layers of a plan to the nearest; `progress` is told the name of each that is done."""
+    for name, kind in plan.items():
+        packed = kind.pack(_plain(model, name))
+        put(model, name, packed, packed.codes.device)
         progress(name)
     model.requires_grad_(False)
 

@@ -19,11 +19,11 @@ class Kind(NamedTuple):
     activations: Activations = "float"
     nf4: bool = False
 
-    def pack(self, weight: Tensor, importance: Tensor | None = None) -> Packed:
-        """(out, in) -> the nearest weight of this kind; `importance` is that of the columns (see `round_symmetric`)."""
+    def pack(self, weight: Tensor) -> Packed:
+        """(out, in) -> the nearest weight of this kind."""
         if self.nf4:
             return round_nf4(weight)
-        return round_symmetric(weight, self.bits, self.group or weight.shape[1], self.activations, importance)
+        return round_symmetric(weight, self.bits, self.group or weight.shape[1], self.activations)
 
     def problem(self, columns: int) -> str:
         """Why a weight with that many columns cannot be stored so; empty if it can."""
