@@ -95,14 +95,16 @@ class _Weights:
         self._kept: list[Packed] = []
         made = [self._block(model.layers, name) for name in model.layers._modules]
         whole = [block for block in made if block is not None]
-        self.blocks = (library.Block * len(whole))(*whole) if len(whole) == len(made) else None
+        self._hooked = any(self._hooks)
+        usable = len(whole) == len(made) and not self._hooked
+        self.blocks = (library.Block * len(whole))(*whole) if usable else None
 
     def hold(self) -> bool:
         """Whether every module and tensor is the one that was seen, where it was, and called as it was."""
         return (
             all(names.get(name) is found for names, name, found in self._same)
             and all(tensor.data_ptr() == address for tensor, address in self._places)
-            and not any(self._hooks)
+            and any(self._hooks) == self._hooked
         )
 
     def _block(self, layers: nn.ModuleList, name: str) -> library.Block | None:
