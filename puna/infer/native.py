@@ -1,36 +1,40 @@
-"""Lets a model of few rows run by native kernels: a function applied to a loaded model, which keeps its weights.
+"""Lets a model make its next tokens by native kernels: a function applied to a loaded model, which keeps its weights.
 
-A block whose linear layers are plain or packed becomes two calls around its attention. Everything else a model may be
-(training, many rows, adapters, fp64, a GPU) goes on as it was.
+A step of the engine with few tokens is then one call for all decoder blocks, plain or packed. Everything else a model
+may be in (training, a long prompt, another cache, adapters, fp64, a GPU) goes on as it was.
 """
 
-from typing import NamedTuple
+import ctypes
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from puna.model.transformer import Block, Linear, Rope, Transformer
-from puna.ops.linear import FEW_ROWS, linear
-from puna.ops.native import block as by_native
-from puna.ops.native.library import Block as Weights
+from puna.infer.paged_cache import StepCache
+from puna.model.transformer import Block, Linear, Transformer
+from puna.ops.linear import linear
+from puna.ops.native import library
+from puna.ops.native.block import forward
 from puna.ops.native.library import Native, native
-from puna.ops.native.linear import plain_weight, takes
+from puna.ops.native.linear import DTYPES, plain_weight, takes
 from puna.ops.packed import Packed
+from puna.ops.packed_layers import PackedLinear
+from puna.ops.rope import rope_tables
 
-_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FEW_TOKENS = 32
+"""Up to here a step takes the time of reading the weights, or of torch's many small calls; beyond, torch is faster."""
 
 
 def use_native(model: Transformer) -> bool:
-    """Let the blocks and the head of `model` use the native kernels where they can; False where there are none.
+    """Let `model` use the native kernels where it can; False where there are none.
 
-    The module's classes change, in place; parameters, their names and what else is on the modules stay.
+    Classes of modules change, in place; parameters, their names and everything else on the modules stay.
     """
     if native() is None:
         return False
-    for layer in model.layers:
-        if type(layer) is Block:
-            layer.__class__ = NativeBlock
+    if type(model) is Transformer:
+        model.__class__ = NativeTransformer
     if type(model.lm_head) is Linear:
         model.lm_head.__class__ = NativeLinear
     return True
@@ -43,75 +47,100 @@ class NativeLinear(Linear):
         return linear(input, self.weight)
 
 
-class NativeBlock(Block):
-    """A block whose parts before and after attention are one call each, for a few rows without gradients."""
+class NativeTransformer(Transformer):
+    """A model whose blocks are one call for a few tokens over a paged cache."""
 
-    def before(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Block`."""
-        found = self._native(x)
-        return super().before(x, rope) if found is None else by_native.before(*found, x, *rope)
+    def forward(self, tokens: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
+        """See `Transformer`."""
+        if (cache := options.get("cache")) is None or (found := _usable(self, tokens, cache)) is None:
+            return super().forward(tokens, **options)
+        if self.frequencies.device != tokens.device:
+            self.frequencies = self.frequencies.to(tokens.device)
+        cos, sin = (table[0, 0] for table in rope_tables(self.frequencies, options["positions"]))
+        x = self.embed_tokens(tokens[0]).to(self.compute_dtype)
+        forward(*found, x, cos, sin, cache.keys, cache.values, cache.pieces.each)
+        x = self.norm(x[None])
+        return self.lm_head(x) if options.get("head", True) else x
 
-    def after(self, x: Tensor, heads: Tensor) -> Tensor:
-        """See `Block`."""
-        found = self._native(x)
-        return super().after(x, heads) if found is None else by_native.after(*found, x, heads)
 
-    def _native(self, x: Tensor) -> tuple[Native, Weights] | None:
-        """The kernels and what they read, or None where this input or these weights are not theirs."""
-        if x.numel() > FEW_ROWS * x.shape[-1] or torch.is_grad_enabled() or not takes(x):
+def _usable(model: Transformer, tokens: Tensor, cache: object) -> "tuple[Native, ctypes.Array[library.Block]] | None":
+    """The kernels and the weights they read, or None where this step or these weights are not theirs."""
+    if not isinstance(cache, StepCache) or tokens.numel() > FEW_TOKENS or torch.is_grad_enabled():
+        return None
+    if cache.keys.dtype != model.compute_dtype or model.config.head_dim % 32 or not takes(cache.keys):
+        return None
+    kernels, weights = native(), _weights(model)
+    return None if kernels is None or weights is None else (kernels, weights)
+
+
+# Not on the model: what holds addresses must not be copied with it.
+_known: WeakKeyDictionary[Transformer, "_Weights"] = WeakKeyDictionary()
+
+
+def _weights(model: Transformer) -> "ctypes.Array[library.Block] | None":
+    """The addresses of all weights, taken again when one has moved or a module is another."""
+    known = _known.get(model)
+    if known is None or not known.hold():
+        known = _known[model] = _Weights(model)
+    return known.blocks
+
+
+class _Weights:
+    """Addresses of the weights of all blocks, and how to see, some hundred times a second, that they still hold."""
+
+    def __init__(self, model: Transformer):
+        self._same: list[tuple[dict[str, Any], str, object]] = []
+        self._places: list[tuple[Tensor, int]] = []
+        self._hooks: list[dict[Any, Any]] = []
+        self._kept: list[Packed] = []
+        made = [self._block(model.layers, name) for name in model.layers._modules]
+        whole = [block for block in made if block is not None]
+        self._hooked = any(self._hooks)
+        usable = len(whole) == len(made) and not self._hooked
+        self.blocks = (library.Block * len(whole))(*whole) if usable else None
+
+    def hold(self) -> bool:
+        """Whether every module and tensor is the one that was seen, where it was, and called as it was."""
+        return (
+            all(names.get(name) is found for names, name, found in self._same)
+            and all(tensor.data_ptr() == address for tensor, address in self._places)
+            and any(self._hooks) == self._hooked
+        )
+
+    def _block(self, layers: nn.ModuleList, name: str) -> library.Block | None:
+        block = self._child(layers, name)
+        if type(block) is not Block:
             return None
-        library, weights = native(), _weights(self)
-        return None if library is None or weights is None else (library, weights)
+        attention, mlp = self._child(block, "self_attn"), self._child(block, "mlp")
+        named = [(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        named += [(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
+        linears = [self._linear(self._child(part, name)) for part, name in named]
+        norms = [self._child(block, name) for name in ("input_layernorm", "post_attention_layernorm")]
+        first, second = (self._tensor(norm, norm._parameters, "weight") for norm in norms)
+        known = [weight for weight in linears if weight is not None]
+        if len(known) < len(linears) or first.dtype != second.dtype or first.dtype not in DTYPES:
+            return None
+        eps, bf16 = block.input_layernorm.eps, first.dtype == torch.bfloat16
+        return library.Block(*known, first.data_ptr(), second.data_ptr(), eps, bf16)
 
+    def _linear(self, layer: nn.Module) -> library.Weight | None:
+        if type(layer) is Linear:
+            return plain_weight(self._tensor(layer, layer._parameters, "weight"))
+        if type(layer) is not PackedLinear:
+            return None
+        self._tensor(layer, layer._buffers, "codes")
+        self._kept.append(layer.packed)
+        return layer.packed.native
 
-class _Known(NamedTuple):
-    sources: list[Tensor | Packed]
-    places: list[tuple[int, torch.dtype] | None]
-    weights: Weights | None
+    def _child(self, parent: nn.Module, name: str) -> nn.Module:
+        child = parent._modules[name]
+        assert child is not None
+        self._same.append((parent._modules, name, child))
+        return child
 
-
-# Not on the modules: what holds addresses must not be copied with them.
-_known: WeakKeyDictionary[Block, _Known] = WeakKeyDictionary()
-
-
-def _weights(block: Block) -> Weights | None:
-    """The addresses of a block's weights, made again when one of them has moved."""
-    sources = _sources(block)
-    places = [(x.data_ptr(), x.dtype) if isinstance(x, Tensor) else None for x in sources]
-    known = _known.get(block)
-    if known is None or known.places != places or any(a is not b for a, b in zip(known.sources, sources, strict=True)):
-        known = _known[block] = _Known(sources, places, _described(block, sources))
-    return known.weights
-
-
-def _sources(block: Block) -> list[Tensor | Packed]:
-    """What the seven linear layers and two norms compute with; fewer where a layer is something else."""
-    parts = block._modules  # a tenth of the time that nn.Module's attributes take, some hundred times a token
-    linears = {**parts["self_attn"]._modules, **parts["mlp"]._modules}  # type: ignore[union-attr]
-    found = [_source(linears[name]) for name in _NAMES]
-    norms = [parts[name]._parameters["weight"] for name in ("input_layernorm", "post_attention_layernorm")]  # type: ignore[union-attr]
-    return [x for x in (*found, *norms) if x is not None]
-
-
-def _source(layer: nn.Module | None) -> Tensor | Packed | None:
-    if layer is None or layer._forward_hooks:  # an adapter that adds to what the layer itself gives
-        return None
-    if type(layer) is Linear:
-        return layer._parameters["weight"]
-    return getattr(layer, "packed", None)
-
-
-def _described(block: Block, sources: list[Tensor | Packed]) -> Weights | None:
-    if len(sources) < len(_NAMES) + 2:
-        return None
-    linears = [x.native if isinstance(x, Packed) else plain_weight(x) for x in sources[: len(_NAMES)]]
-    weights = [weight for weight in linears if weight is not None]
-    norms = [x for x in sources[len(_NAMES) :] if isinstance(x, Tensor)]
-    dtypes = {x.dtype for x in norms}
-    if len(weights) < len(_NAMES) or dtypes not in ({torch.float32}, {torch.bfloat16}):
-        return None
-    dim = block.self_attn.head_dim
-    heads, kv_heads = (weight.out // dim for weight in weights[:2])
-    pointers = (x.data_ptr() for x in norms)
-    bf16 = dtypes == {torch.bfloat16}
-    return Weights(*weights, *pointers, heads, kv_heads, dim, block.input_layernorm.eps, bf16)
+    def _tensor(self, module: nn.Module, names: Any, name: str) -> Tensor:
+        tensor = names[name]
+        self._same.append((names, name, tensor))
+        self._places.append((tensor, tensor.data_ptr()))
+        self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+        return tensor

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from puna.ops.attention import attention, attention_eager
-from puna.ops.native.block import attend
+from puna.ops.native.block import Tokens, attend
 from puna.ops.native.library import native
 from puna.ops.native.linear import takes
 
@@ -59,15 +59,20 @@ class Pieces:
         self.groups = [_group(members, device) for members in by_size.values()]
         self.tokens = first
 
+    @property
+    def short(self) -> bool:
+        """Whether every piece is a token or a few, so that there is nothing to gain from looking at them together."""
+        return all(piece.length <= _FEW for piece in self.pieces)
+
     @cached_property
-    def single(self) -> tuple[Tensor, Tensor] | None:
-        """Where every piece is a token or a few, on a CPU: of each token its table (N, M) and how many it sees (N,)."""
-        if any(piece.length > _FEW for piece in self.pieces) or self.blocks.device.type != "cpu":
-            return None
+    def each(self) -> Tokens:
+        """The tokens one by one, whatever piece they are of."""
         lengths = [p + 1 for start, length, _ in self.pieces for p in range(start, start + length)]
         width = -(-max(lengths) // BLOCK)
-        tables = [(table + [0] * width)[:width] for _, length, table in self.pieces for _ in range(length)]
-        return torch.tensor(tables), torch.tensor(lengths)
+        padded = [(piece.table + [0] * width)[:width] for piece in self.pieces]
+        counts = torch.tensor([piece.length for piece in self.pieces])
+        tables = torch.tensor(padded).repeat_interleave(counts, 0)
+        return Tokens(self.blocks, self.slots, tables, torch.tensor(lengths))
 
 
 def paged_attention_eager(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Tensor:
@@ -93,13 +98,11 @@ def paged_attention_eager(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values:
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Tensor:
-    """`paged_attention_eager` for pieces of one size at a time; single tokens and a few by the native kernel."""
-    library = native() if takes(q) and pieces.single is not None and _plain(q, keys) else None
-    if library is not None and pieces.single is not None:
+    """`paged_attention_eager` for pieces of one size at a time; single tokens by native kernels."""
+    library = native() if takes(q) and pieces.short and _plain(q, keys) else None
+    if library is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, D), (N, K, D), (N, K, D)
-        tables, lengths = pieces.single
-        heads = attend(library, q, k, v, keys, values, pieces.blocks, pieces.slots, tables, lengths)
-        return heads.transpose(0, 1)[None]
+        return attend(library, q, k, v, keys, values, pieces.each).transpose(0, 1)[None]
     _store(k, v, keys, values, pieces)
     if len(pieces.groups) == 1 and pieces.groups[0].rows.shape[1] == 1:  # single tokens only: nothing to pick or place
         heads = _of_group(q.permute(2, 1, 0, 3), k, v, keys, values, pieces.groups[0])

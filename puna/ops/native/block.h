@@ -1,5 +1,5 @@
-// A decoder block in two calls, before and after its attention: what lies between two products of a few rows would
-// cost more to call one by one than to compute.
+// The decoder blocks of a forward of few rows: what lies between two products would cost more to call one by one than
+// to compute.
 
 static inline float rounded(float x, bool bf16) { return bf16 ? from_bf16(to_bf16(x)) : x; }
 
@@ -34,23 +34,23 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t dim) {
 }
 
 // x (rows, dim), cos and sin (rows, head_dim / 2) -> q (rows, heads, head_dim), k and v (rows, kv_heads, head_dim).
-static void before(const Call& call, const Block& b, const void* x, const float* cos, const float* sin, void* q, void* k, void* v) {
-    int64_t rows = call.rows, dim = b.head_dim;
+static void before(const Call& call, const Block& b, const Pool& pool, const void* x, const float* cos, const float* sin, void* q, void* k, void* v) {
+    int64_t rows = call.rows, dim = pool.head_dim, heads = pool.heads, kv_heads = pool.kv_heads;
     team().run(call.threads, [&](int thread) {
         Scratch& scratch = team().scratch(thread);
         const void* given = normed(call, x, b.attention_norm, b, b.q.in, scratch);
         Input inputs[3] = {prepare(b.q, given, call.bf16, rows, scratch), prepare(b.k, given, call.bf16, rows, scratch),
                            prepare(b.v, given, call.bf16, rows, scratch)};
         float* head = scratch.take<float>(rows * dim);
-        team().share(b.heads + 2 * b.kv_heads, 1, [&](int64_t unit, int64_t) {
-            int which = unit < b.heads ? 0 : unit < b.heads + b.kv_heads ? 1 : 2;
-            int64_t index = unit - (which == 0 ? 0 : which == 1 ? b.heads : b.heads + b.kv_heads);
+        team().share(heads + 2 * kv_heads, 1, [&](int64_t unit, int64_t) {
+            int which = unit < heads ? 0 : unit < heads + kv_heads ? 1 : 2;
+            int64_t index = unit - (which == 0 ? 0 : which == 1 ? heads : heads + kv_heads);
             const Weight& w = which == 0 ? b.q : which == 1 ? b.k : b.v;
             linear(w, inputs[which], index * dim, (index + 1) * dim, head - index * dim, dim);
             round_all(head, rows * dim, call.bf16);
             for (int64_t r = 0; r < rows; r++) {
                 if (which < 2) rotate(head + r * dim, cos + r * dim / 2, sin + r * dim / 2, dim);
-                int64_t at = (r * (which == 0 ? b.heads : b.kv_heads) + index) * dim;
+                int64_t at = (r * (which == 0 ? heads : kv_heads) + index) * dim;
                 narrow(head + r * dim, call.bf16, dim, const_cast<char*>(behind(which == 0 ? q : which == 1 ? k : v, call.bf16, at)));
             }
         });
@@ -81,8 +81,8 @@ static void gated(float* gate, const float* up, int64_t count, bool bf16) {
     for (int64_t i = 0; i < count; i++) gate[i] *= up[i];
 }
 
-// x (rows, dim) and its attention's heads (rows, heads * head_dim) -> out (rows, dim).
-static void after(const Call& call, const Block& b, const void* x, const void* heads, void* out) {
+// x (rows, dim) and its attention's heads (rows, heads * head_dim) -> x of the next block, in place.
+static void after(const Call& call, const Block& b, void* x, const void* heads) {
     int64_t rows = call.rows, dim = b.o.out, ffn = b.gate.out, width = call.bf16 ? 2 : 4;
     constexpr int64_t STEP = 32;
     team().run_with(call.threads, rows * (dim + ffn) * width, [&](int thread, char* memory) {
@@ -107,6 +107,21 @@ static void after(const Call& call, const Block& b, const void* x, const void* h
         });
         team().barrier();
         input = prepare(b.down, hidden, call.bf16, rows, scratch);
-        team().share(dim, STEP, [&](int64_t from, int64_t to) { add_linear(call, b.down, input, middle, out, from, to, sums); });
+        team().share(dim, STEP, [&](int64_t from, int64_t to) { add_linear(call, b.down, input, middle, x, from, to, sums); });
     });
+}
+
+// x (rows, dim) through all blocks, in place. The pool is that of all layers, (layers, blocks, ...).
+static void forward(const Call& call, const Block* blocks, int64_t layers, Pool pool, void* x, const float* cos, const float* sin) {
+    int64_t width = call.bf16 ? 2 : 4, one = call.rows * pool.head_dim * width;
+    int64_t layer_bytes = pool.count * pool.kv_heads * pool.block * pool.head_dim * width;
+    std::unique_ptr<char[]> memory(new char[2 * (pool.heads + pool.kv_heads) * one]);
+    char *q = memory.get(), *heads = q + pool.heads * one, *k = heads + pool.heads * one, *v = k + pool.kv_heads * one;
+    for (int64_t layer = 0; layer < layers; layer++) {
+        before(call, blocks[layer], pool, x, cos, sin, q, k, v);
+        attend(call, pool, q, k, v, heads);
+        after(call, blocks[layer], x, heads);
+        pool.keys = static_cast<char*>(pool.keys) + layer_bytes;
+        pool.values = static_cast<char*>(pool.values) + layer_bytes;
+    }
 }

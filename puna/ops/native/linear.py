@@ -7,20 +7,20 @@ from torch import Tensor
 
 from puna.ops.native.library import KINDS, Native, Weight
 
-_KINDS = {torch.float32: KINDS["float32"], torch.bfloat16: KINDS["bfloat16"]}
+DTYPES = {torch.float32: KINDS["float32"], torch.bfloat16: KINDS["bfloat16"]}
 
 
 def plain_weight(weight: Tensor) -> Weight | None:
     """An (out, in) tensor, which has to outlive what is returned; None where the kernels cannot read it."""
-    if weight.dtype not in _KINDS or weight.device.type != "cpu" or not weight.is_contiguous():
+    if weight.dtype not in DTYPES or weight.device.type != "cpu" or not weight.is_contiguous():
         return None
     out, in_ = weight.shape
-    return Weight(weight.data_ptr(), None, None, None, out, in_, in_, _KINDS[weight.dtype], 0, 0)
+    return Weight(weight.data_ptr(), None, None, None, out, in_, in_, DTYPES[weight.dtype], 0, 0)
 
 
 def takes(x: Tensor) -> bool:
     """Whether activations are such that the kernels compute with them; gradients are torch's."""
-    return x.dtype in _KINDS and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
+    return x.dtype in DTYPES and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def linear(native: Native, x: Tensor, weight: Weight) -> Tensor:

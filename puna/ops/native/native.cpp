@@ -56,15 +56,11 @@ extern "C" void puna_expand(const Call* call, const Weight* w, int64_t from, int
     BY_LEVEL(call, expand_entry)(*call, *w, from, to, out);
 }
 
-extern "C" void puna_before(const Call* call, const Block* b, const void* x, const float* cos, const float* sin, void* q,
-                            void* k, void* v) {
-    BY_LEVEL(call, before)(*call, *b, x, cos, sin, q, k, v);
-}
-
-extern "C" void puna_after(const Call* call, const Block* b, const void* x, const void* heads, void* out) {
-    BY_LEVEL(call, after)(*call, *b, x, heads, out);
-}
-
 extern "C" void puna_attend(const Call* call, const Pool* pool, const void* q, const void* k, const void* v, void* out) {
     BY_LEVEL(call, attend)(*call, *pool, q, k, v, out);
+}
+
+extern "C" void puna_forward(const Call* call, const Block* blocks, int64_t layers, const Pool* pool, void* x,
+                             const float* cos, const float* sin) {
+    BY_LEVEL(call, forward)(*call, blocks, layers, *pool, x, cos, sin);
 }

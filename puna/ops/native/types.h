@@ -27,21 +27,20 @@ struct Call {
     int32_t rows;
 };
 
-// The weights of a decoder block, and its shape.
+// The weights of a decoder block.
 struct Block {
     Weight q, k, v, o, gate, up, down;
     const void *attention_norm, *mlp_norm;  // (dim,)
-    int64_t heads, kv_heads, head_dim;
     float eps;
     int32_t norms_bf16;
 };
 
-// Keys and values of one layer in a pool of blocks, (blocks, kv_heads, block, head_dim), and the tokens of a step.
+// Keys and values in a pool of `count` blocks, (count, kv_heads, block, head_dim), and the tokens of a step.
 struct Pool {
     void *keys, *values;
     const int64_t *blocks, *slots;    // (rows,) where a token's own key and value go
     const int64_t *tables, *lengths;  // (rows, width) blocks of its text, (rows,) tokens it sees
-    int64_t width, block, heads, kv_heads, head_dim;
+    int64_t width, count, block, heads, kv_heads, head_dim;
 };
 
 // The vector extension of GCC and Clang: one source becomes SSE, AVX2 or AVX-512 by the target it is compiled for.

@@ -1,0 +1,253 @@
+"""The native kernels against their oracles: every path this CPU has, shapes that fill no tile, builds that fail."""
+
+import copy
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from puna.infer import native as on_models
+from puna.infer.engine import Engine
+from puna.infer.generate import generate
+from puna.infer.native import use_native
+from puna.infer.request import Request
+from puna.infer.sampling import Sampling
+from puna.model.config import ModelConfig
+from puna.model.transformer import Transformer
+from puna.ops import linear as linear_file
+from puna.ops import packed as packed_file
+from puna.ops.linear import linear
+from puna.ops.native import library
+from puna.ops.native.library import LEVELS, Native, load
+from puna.ops.packed import Packed, dequantize, packed_linear, packed_linear_eager, quantize_rows
+from puna.ops.packed_layers import PackedLinear
+from puna.packages import cache as packages
+
+LOADED = load("auto")
+pytestmark = pytest.mark.skipif(isinstance(LOADED, str), reason=f"no native kernels: {LOADED}")
+ROWS = (1, 2, 3, 4, 7, 16, 17)
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
+
+
+@pytest.fixture(params=LEVELS)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Native:
+    """The library on each of its paths; a CPU without one skips it."""
+    loaded = load(request.param)
+    if isinstance(loaded, str):
+        pytest.skip(loaded)
+    for module in (linear_file, packed_file, on_models):
+        monkeypatch.setattr(module, "native", lambda: loaded)
+    return loaded
+
+
+def packed(out: int, columns: int, kind: str, group: int = 32, half: bool = True) -> Packed:
+    """A weight of random codes: `int8` or `int4`, `int4-min`, `nf4`, and `-dynamic` behind any but nf4."""
+    random = torch.Generator().manual_seed(out * columns)
+    bits = 8 if kind.startswith("int8") else 4
+    low, high, width, dtype = (-128, 128, columns, torch.int8) if bits == 8 else (0, 256, columns // 2, torch.uint8)
+    codes = torch.randint(low, high, (out, width), generator=random, dtype=dtype)
+    scales, mins = (torch.rand(out, columns // group, generator=random) * size for size in (0.02, -0.1))
+    dtype = torch.float16 if half else torch.float32
+    table = torch.randn(16, generator=random).sort().values if kind == "nf4" else None
+    given = mins.to(dtype) if "min" in kind else None
+    return Packed(codes, scales.to(dtype), given, bits, group, table, "int8" if "dynamic" in kind else "float")
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("columns", [32, 96, 576])
+@pytest.mark.parametrize(
+    "kind", ["int8", "int4", "int4-min", "nf4", "int8-dynamic", "int4-dynamic", "int4-min-dynamic"]
+)
+def test_packed_linear_is_the_oracle_s(kernels: Native, kind: str, columns: int) -> None:
+    """A tail behind the last whole tile or vector was left out, or read as weights."""
+    for group in (32, columns):
+        for dtype in (torch.float32, torch.bfloat16):
+            weight = packed(37, columns, kind, group, half=group == 32)
+            for rows in ROWS:
+                x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
+                wanted = packed_linear_eager(x if weight.activations == "int8" else x.double(), weight)
+                assert distance(packed_linear(x, weight), wanted) < TOLERANCE[dtype], (group, dtype, rows)
+
+
+@pytest.mark.parametrize("kind", ["int8-dynamic", "int4-dynamic"])
+def test_integer_sums_are_exact(kernels: Native, kind: str) -> None:
+    """A sum in 16 bits saturates, one in floats rounds: with scales of 1 the result is a whole number, and this one."""
+    weight = packed(9, 4096, kind, 4096 if "8" in kind else 32)
+    weight = Packed(weight.codes, torch.ones_like(weight.scales), None, weight.bits, weight.group, None, "int8")
+    x = torch.randint(-127, 128, (3, 4096), generator=torch.Generator().manual_seed(0)).float()
+    x[:, 0] = 127  # so that the scale of a row is 1
+    wanted = x.long() @ dequantize(weight).long().T
+    assert torch.equal(packed_linear(x, weight).long(), wanted)
+
+
+def test_rows_are_rounded_as_torch_rounds_them(kernels: Native) -> None:
+    """Multiplying by an inverse instead of dividing moves a value across a tie: one code of 40 rows was another."""
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+    weight = Packed(torch.eye(96, dtype=torch.int8), torch.ones(96, 1), bits=8, group=96, activations="int8")
+    whole, scale = quantize_rows(x)
+    assert torch.equal(packed_linear(x, weight), whole * scale)
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_linear_is_torch_s(kernels: Native, dtypes: tuple[str, str]) -> None:
+    """Rows, outputs and inputs that fill no tile, and none at all."""
+    kind, stored = (getattr(torch, name) for name in dtypes)
+    for out, columns in ((100, 64), (37, 576), (5, 77), (1, 1)):
+        weight = torch.randn(out, columns, generator=torch.Generator().manual_seed(out)).to(stored)
+        for rows in (0, *ROWS):
+            x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(kind)
+            with torch.no_grad():
+                found = linear(x, weight)
+            wanted = F.linear(x.double(), weight.double())
+            assert found.shape == wanted.shape
+            assert found.dtype == kind
+            assert rows == 0 or distance(found, wanted) < TOLERANCE[kind], (out, columns, rows)
+
+
+def test_threads_do_not_change_bits(kernels: Native) -> None:
+    """A sum that is cut by threads depends on how many there are: a resumed run would write other text."""
+    weight, x = packed(1000, 576, "int4-min"), torch.randn(3, 576, generator=torch.Generator().manual_seed(0))
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(packed_linear(x.bfloat16(), weight))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_a_gradient_flows_through_packed_weights(kernels: Native) -> None:
+    """Kernels know no autograd: training adapters over packed weights must not lose the gradient."""
+    weight, x = packed(8, 64, "nf4"), torch.randn(3, 64, requires_grad=True)
+    packed_linear(x, weight).sum().backward()
+    assert x.grad is not None
+    assert distance(x.grad, dequantize(weight).sum(0).expand(3, -1)) < 1e-6
+
+
+@pytest.fixture
+def model() -> Transformer:
+    """A tiny Llama whose heads are as wide as the kernels want them."""
+    config = ModelConfig(
+        dim=96, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=32, ffn_dim=160, vocab_size=300, max_seq_len=128,
+        rope_theta=10000.0, rope_scaling=None, norm_eps=1e-5, tie_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        made = Transformer(config)
+    made.to_empty(device="cpu")
+    random = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():  # not `init_weights`: its blocks add nothing yet
+        parameter.data.normal_(0.0 if parameter.ndim > 1 else 1.0, 0.1, generator=random)
+    return made.eval()
+
+
+def texts(model: Transformer, count: int = 5) -> tuple[list[list[int]], list[list[int]]]:
+    """What the plain loop and the engine write after prompts that end in all places of a block."""
+    prompts = [list(range(1 + i, 8 + 9 * i)) for i in range(count)]
+    wanted = [generate(model, [prompt], max_tokens=40)[0] for prompt in prompts]
+    results = Engine(model).run([Request(prompt, Sampling(max_tokens=40)) for prompt in prompts])
+    return wanted, [list(result.completions[0].token_ids) for result in results]
+
+
+def test_the_engine_writes_what_generate_writes(kernels: Native, model: Transformer) -> None:
+    """Norms, RoPE, attention over blocks and the MLP are all written a second time in the kernels."""
+    assert use_native(model)
+    wanted, found = texts(model)
+    assert found == wanted
+    assert on_models._weights(model) is not None
+
+
+def test_packed_blocks_write_what_their_dequantized_weights_write(kernels: Native, model: Transformer) -> None:
+    """Layers of unequal kinds are told apart one by one: a GGUF file mixes them."""
+    for i, layer in enumerate(model.layers):
+        for parent, name in ((layer.self_attn, "v_proj"), (layer.self_attn, "o_proj"), (layer.mlp, "up_proj")):
+            out, columns = getattr(parent, name).weight.shape
+            setattr(parent, name, PackedLinear(packed(out, columns, ("int8", "int4-min")[i])))
+    use_native(model)
+    wanted, found = texts(model)
+    assert found == wanted
+    assert on_models._weights(model) is not None
+
+
+def test_weights_that_moved_are_read_where_they_are(kernels: Native, model: Transformer) -> None:
+    """An address kept over an optimizer's or a loader's new tensor would read freed memory."""
+    use_native(model)
+    texts(model, 1)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.5
+    wanted, found = texts(model)
+    assert found == wanted
+    assert use_native(copy.deepcopy(model))  # addresses are not copied with a model
+
+
+def test_what_is_hooked_or_replaced_is_called(kernels: Native, model: Transformer) -> None:
+    """A layer that is something else now (an adapter, a probe) must not be passed by."""
+    use_native(model)
+    texts(model, 1)
+    handle = model.layers[1].mlp.up_proj.register_forward_hook(lambda module, given, out: out * 2)
+    wanted, found = texts(model, 2)
+    assert found == wanted
+    handle.remove()
+    model.layers[0].self_attn.q_proj = torch.nn.Sequential(model.layers[0].self_attn.q_proj)
+    assert on_models._weights(model) is None
+    wanted, found = texts(model, 2)
+    assert found == wanted
+
+
+def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without g++ has to work, by torch's kernels."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "no C++ compiler" in str(load("auto"))
+    assert load("0") == "PUNA_NATIVE=0"
+    assert "none of" in str(load("fast"))
+    monkeypatch.setattr(packed_file, "native", lambda: None)
+    weight, x = packed(8, 64, "int4"), torch.randn(2, 64)
+    assert torch.equal(packed_linear(x, weight), packed_linear_eager(x, weight))
+
+
+def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A broken toolchain must not end a run, and its own first error helps."""
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho 'native.cpp:1: error: it is broken' >&2\nexit 1\n")
+    broken.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "it is broken" in str(load("auto"))
+
+
+def test_builds_at_once_and_a_damaged_library(tmp_path: Path) -> None:
+    """Ranks start together; and a file cut short by a full disk kills whoever loads it, for ever."""
+    built = max((packages().with_name("native")).glob("*.so"), key=lambda path: path.stat().st_mtime)
+    compiler = tmp_path / "g++"
+    skip = 'while [ "$1" != -o ]; do shift; done'
+    compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit\n{skip}\nsleep 0.3\ncp {built} $2\n")
+    compiler.chmod(0o700)
+    code = "from puna.ops.native.library import load; assert not isinstance(load('auto'), str), load('auto')"
+    environment = {
+        "XDG_CACHE_HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path),
+    }  # fmt: skip
+    started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [process.wait() for process in started] == [0, 0]
+    (made,) = tmp_path.glob("puna/native/*")
+    assert made.stat().st_mode & 0o077 == 0
+    made.write_bytes(made.read_bytes()[:1000])
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+    assert made.stat().st_size > 10000
+
+
+def test_the_library_s_structs_are_those_of_the_sources(tmp_path: Path) -> None:
+    """ctypes mirrors types.h by hand: a field added on one side moves all others."""
+    names = ("Weight", "Call", "Block", "Pool")
+    sizes = ", ".join(f"sizeof({name})" for name in names)
+    program = f'#include "types.h"\n#include <cstdio>\nint main() {{ printf("%zu %zu %zu %zu", {sizes}); }}'
+    command = ["g++", "-std=c++20", "-Wno-psabi", "-I", str(Path(library.__file__).parent), "-x", "c++", "-"]
+    subprocess.run([*command, "-o", str(tmp_path / "sizes")], input=program.encode(), check=True)
+    told = subprocess.run([str(tmp_path / "sizes")], capture_output=True, text=True).stdout
+    assert told.split() == [str(ctypes.sizeof(getattr(library, name))) for name in names]
