@@ -43,9 +43,16 @@ class PagedCache:
     def pool(self) -> tuple[Tensor, Tensor]:
         """Keys and values, (layers, blocks, K, BLOCK, D) each."""
         if self._pool is None:  # zeros: a masked slot must not be NaN, which 0 * NaN would spread
-            keys, values = (torch.zeros(self.shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            keys, values = (self._zeros() for _ in range(2))
             self._pool = keys, values
         return self._pool
+
+    def _zeros(self) -> Tensor:
+        """On a card the heads of a token lie side by side, as FlexAttention takes them; on a CPU those of a block."""
+        layers, blocks, heads, size, dim = self.shape
+        if self.device.type == "cuda":
+            return torch.zeros((layers, blocks, size, heads, dim), dtype=self.dtype, device=self.device).transpose(2, 3)
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     def release(self) -> None:
         """Give the memory back. No text may be using it."""
