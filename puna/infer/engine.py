@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from puna.errors import ResourceError, UsageError
+from puna.infer.graphs import DecodeGraphs
 from puna.infer.paged_cache import PagedCache
 from puna.infer.request import Event, FinishReason, Likelihood, Request, Result
 from puna.infer.sample import Sample
@@ -52,6 +53,7 @@ class Engine:
         count = -(-(tokens or _default_tokens(model, batch)) // BLOCK)
         self.cache = PagedCache(model.config, count, model.compute_dtype, self.device)
         self.scheduler = Scheduler(self.cache, batch, chunk)
+        self.graphs = DecodeGraphs(model, self.cache)
         self.added = 0
         """Requests taken in so far: the number of the next one."""
         self._open: dict[int, list[Sample]] = {}
@@ -134,6 +136,7 @@ class Engine:
         """Do not use what is cached for new requests. Needed only after weights changed unseen (through `.data`)."""
         self._forgotten += 1
         self.cache.blocks.forget()
+        self.graphs.forget()
 
     def release(self) -> None:
         """Give the cache's memory back, until it is needed again.
@@ -144,6 +147,7 @@ class Engine:
         if self._open:
             raise UsageError("the engine is still writing", fix="finish or cancel its requests first")
         self.cache.release()
+        self.graphs.release()
 
     def _schedule(self) -> list[Chunk]:
         if self.scheduler.waiting:
@@ -157,10 +161,13 @@ class Engine:
         """The final hidden states of the chunks' tokens: (N, dim)."""
         ids = [i for s, start, length in chunks for i in s.text.ids[start : start + length]]
         places = [p for _, start, length in chunks for p in range(start, start + length)]
-        tokens, positions = torch.tensor([[ids], [places]], device=self.device)
-        cache = self.cache.step([Piece(start, length, s.text.table) for s, start, length in chunks])
-        with evaluating(self.model):
-            hidden = self.model(tokens, positions=positions, cache=cache, head=False)[0]
+        pieces = [Piece(start, length, s.text.table) for s, start, length in chunks]
+        hidden = self.graphs.run(ids, pieces)
+        if hidden is None:
+            tokens, positions = torch.tensor([[ids], [places]], device=self.device)
+            with evaluating(self.model):
+                cache = self.cache.step(pieces)
+                hidden = self.model(tokens, positions=positions, cache=cache, head=False)[0]
         self.cache.blocks.computed()
         return hidden
 
