@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from puna.cli.models import Model
+from puna.cli.models import MinP, Model, RepetitionPenalty, Stop, TopK
 from puna.errors import DataError, UsageError
 from puna.log import harmless, log
 
@@ -25,6 +25,10 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="Most ids in an answer.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0: always the most likely id.", min=0)] = 0.6,
     top_p: Annotated[float, typer.Option(help="Keep the most likely ids up to this probability.", min=0, max=1)] = 0.9,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
     seed: Annotated[int, typer.Option(help="Same seed and words, same answers.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp64.")] = "auto",
     tools: Annotated[Path | None, typer.Option(help="JSON list of functions it may call; you type results.")] = None,
@@ -35,7 +39,10 @@ def chat(
     offered = _read_tools(tools) if tools else None
     llama = load(model, dtype=dtype)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    options = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "stop": stop or [], "seed": seed,
+    }  # fmt: skip
     # a template that is missing, or has no place for tools, is told before anyone types
     llama.template.prompt([*messages, {"role": "user", "content": "?"}], offered)
     log.info("%s", _HELP)

@@ -1,7 +1,8 @@
 """`puna generate`."""
 
 import sys
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +11,11 @@ from puna.errors import UsageError
 
 MODEL = "A folder of a model (also Meta's), a run or an adapter, a .gguf, a llama2.c .bin, org/name, or smollm2-135m."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
+
+TopK = Annotated[int, typer.Option(help="Keep this many of the most likely ids; 0: all.", min=0)]
+MinP = Annotated[float, typer.Option(help="Drop ids less likely than this part of the likeliest.", min=0, max=1)]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: say less again of what was said.", min=0.01)]
+Stop = Annotated[list[str] | None, typer.Option(help="A string that ends the text; as often as you like.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -22,6 +28,14 @@ def generate(
     max_tokens: Annotated[int, typer.Option(help="Most ids to add.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0: always the most likely id.", min=0)] = 0.8,
     top_p: Annotated[float, typer.Option(help="Keep the most likely ids up to this probability.", min=0, max=1)] = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Texts to write; text i has the seed + i.", min=1)] = 1,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: log-probabilities, and those of the N most likely ids.", min=0)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp64.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -38,14 +52,30 @@ def generate(
     text = _prompt(prompt)
     llama = load(model, dtype=dtype, device=device)
     before = llama.encode(text, special=special)
-    ids = llama.continue_ids([before], max_tokens, temperature=temperature, top_p=top_p, seed=seed)[0]
-    stopped = ids[-1] in llama.stop_ids
-    kept = ids[:-1] if stopped else ids
-    added = llama.tokenizer.decode_after(before, kept)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "n": n}
+    penalties = {"repetition_penalty": repetition_penalty, "stop": stop or [], "logprobs": logprobs}
+    [result] = llama.complete([before], max_tokens, **sampling, **penalties)
+    told = [_told(llama, before, completion) for completion in result.completions]
     if as_json:
-        print_json({"text": added, "token_ids": kept, "finish_reason": "stop" if stopped else "length"})
+        print_json(told if n > 1 else told[0])
     else:
-        print(text + added)
+        print("\n\n".join(text + each["text"] for each in told))
+
+
+def _told(llama: Any, before: list[int], completion: Any) -> dict[str, Any]:
+    """A completion as JSON, the stop id left out."""
+    ids = list(completion.token_ids)
+    if ids and ids[-1] in llama.stop_ids:
+        completion = replace(completion, token_ids=tuple(ids[:-1]))
+    told = {
+        "text": llama.added_text(before, completion),
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+    }
+    if completion.logprobs is not None:
+        pairs = zip(completion.token_ids, completion.logprobs, strict=False)
+        told["logprobs"] = [{"id": i, "logprob": p.chosen, "top": [*map(list, p.top)]} for i, p in pairs]
+    return told
 
 
 def _prompt(given: str) -> str:

@@ -38,25 +38,34 @@ class PagedCache:
         self.dtype, self.device = dtype, device
         self.blocks = Blocks(count)
         self._pool: tuple[Tensor, Tensor] | None = None
+        self._clean = 0
 
     @property
     def pool(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, (layers, blocks, K, BLOCK, D) each."""
-        if self._pool is None:  # zeros: a masked slot must not be NaN, which 0 * NaN would spread
-            keys, values = (self._zeros() for _ in range(2))
-            self._pool = keys, values
+        """Keys and values, (layers, blocks, K, BLOCK, D) each. Memory that was never written to is not touched."""
+        if self._pool is None:
+            keys, values = (self._empty() for _ in range(2))
+            self._pool, self._clean = (keys, values), 0
         return self._pool
 
-    def _zeros(self) -> Tensor:
+    def _empty(self) -> Tensor:
         """On a card the heads of a token lie side by side, as FlexAttention takes them; on a CPU those of a block."""
         layers, blocks, heads, size, dim = self.shape
         if self.device.type == "cuda":
-            return torch.zeros((layers, blocks, size, heads, dim), dtype=self.dtype, device=self.device).transpose(2, 3)
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            return torch.empty((layers, blocks, size, heads, dim), dtype=self.dtype, device=self.device).transpose(2, 3)
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     def release(self) -> None:
         """Give the memory back. No text may be using it."""
         self._pool, self.blocks = None, Blocks(self.blocks.count)
+
+    def take(self) -> int:
+        """A block for one user; there has to be one available. Its slots are numbers, since 0 * NaN is not masked."""
+        block = self.blocks.take()
+        for x in self.pool:
+            x[:, self._clean : block + 1] = 0
+        self._clean = max(self._clean, block + 1)
+        return block
 
     def begin(self, text: CachedText, first_key: bytes, reuse: int) -> bool:
         """Take what is cached of the first `reuse` ids. False, with nothing taken: the next step will have more of it.
@@ -71,7 +80,7 @@ class PagedCache:
             self.end(text)
             return False
         if found is not None and found.length and found.ready and self.blocks.available:
-            block = self.blocks.take()
+            block = self.take()
             for x in self.pool:
                 x[:, block] = x[:, found.block]
             text.table.append(block)
@@ -93,7 +102,7 @@ class PagedCache:
         wanted = -(-(text.stored + count) // BLOCK) - len(text.table)
         if wanted > 0 and wanted + spare > self.blocks.available:
             return False
-        text.table += [self.blocks.take() for _ in range(wanted)]
+        text.table += [self.take() for _ in range(wanted)]
         return True
 
     def plan(self, text: CachedText, count: int) -> None:
