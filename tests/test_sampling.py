@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from puna.infer import sampling
 from puna.infer.sampling import Filters, Sampling, penalized, probabilities, sample
 from puna.infer.stopping import StopStrings
 
@@ -50,8 +51,10 @@ def test_samples_follow_the_formula(case: str) -> None:
     assert statistic < limits[int(possible.sum())]
 
 
-def test_rows_keep_to_their_own_parameters() -> None:
-    """One row's top-k or temperature applied to its neighbours."""
+@pytest.mark.parametrize("few", [sampling._FEW, 3])
+def test_rows_keep_to_their_own_parameters(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row's top-k or temperature applied to its neighbours; a nucleus cut where the sorted part of it ends."""
+    monkeypatch.setattr(sampling, "_FEW", few)
     r = random.Random(1)
     rows = [Sampling(temperature=r.choice([0, 0.5, 1.0, 2.0]), top_k=r.choice([0, 1, 4]),
                      top_p=r.choice([1.0, 0.5, 0.0]), min_p=r.choice([0.0, 0.3])) for _ in range(64)]  # fmt: skip
