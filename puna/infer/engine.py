@@ -15,6 +15,7 @@ from torch import Tensor
 from puna.errors import ResourceError, UsageError
 from puna.infer.adapters import Adapters
 from puna.infer.forward import Row, forward
+from puna.infer.graphs import DecodeGraphs
 from puna.infer.paged_cache import PagedCache
 from puna.infer.request import Event, FinishReason, Likelihood, Request, Result, TokenLogprob
 from puna.infer.sample import Sample, choose
@@ -60,6 +61,7 @@ class Engine:
         count = -(-(tokens or _default_tokens(model, batch)) // BLOCK)
         self.cache = PagedCache(model.config, count, model.compute_dtype, self.device)
         self.scheduler = Scheduler(self.cache, batch, chunk)
+        self.graphs = DecodeGraphs(model, self.cache)
         self.added = 0
         """Requests taken in so far: the number of the next one."""
         self._open: dict[int, list[Sample]] = {}
@@ -150,6 +152,7 @@ class Engine:
         """Do not use what is cached for new requests. Needed only after weights changed unseen (through `.data`)."""
         self._forgotten += 1
         self.cache.blocks.forget()
+        self.graphs.forget()
 
     def add_adapter(self, name: str, folder: str | Path) -> None:
         """Read a LoRA directory that requests may ask for by this name; it replaces one of the same name.
@@ -180,6 +183,7 @@ class Engine:
         self.cache.release()
         if self.speculation is not None:
             self.speculation.proposer.release()
+        self.graphs.release()
 
     def _schedule(self) -> list[Chunk]:
         if self.scheduler.waiting:
@@ -193,6 +197,8 @@ class Engine:
         """The final hidden states of the chunks' tokens: (N, dim)."""
         rows = [Row(chunk.ids, chunk.start, chunk.sample.text.table) for chunk in chunks]
         adapters = [(chunk.sample.request.adapter, len(chunk.ids)) for chunk in chunks]
+        if not any(name for name, _ in adapters) and (replayed := self.graphs.run(rows)) is not None:
+            return replayed
         with self.adapters.on(adapters):
             return forward(self.model, self.cache, rows)
 

@@ -44,9 +44,16 @@ class PagedCache:
     def pool(self) -> tuple[Tensor, Tensor]:
         """Keys and values, (layers, blocks, K, BLOCK, D) each. Memory that was never written to is not touched."""
         if self._pool is None:
-            keys, values = (torch.empty(self.shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            keys, values = (self._empty() for _ in range(2))
             self._pool, self._clean = (keys, values), 0
         return self._pool
+
+    def _empty(self) -> Tensor:
+        """On a card the heads of a token lie side by side, as FlexAttention takes them; on a CPU those of a block."""
+        layers, blocks, heads, size, dim = self.shape
+        if self.device.type == "cuda":
+            return torch.empty((layers, blocks, size, heads, dim), dtype=self.dtype, device=self.device).transpose(2, 3)
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     def release(self) -> None:
         """Give the memory back. No text may be using it."""

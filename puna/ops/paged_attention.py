@@ -5,14 +5,15 @@ p // BLOCK of its table. A step is one flat row of N tokens: pieces of several t
 what its table holds (Kwon et al. 2023, with prompts and single tokens in the same pass).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from puna.ops.attention import attention, attention_eager
+from puna.ops.flex_paged import compiled, flex_mask, flex_paged_attention, usable
 from puna.ops.native.block import Tokens, attend
 from puna.ops.native.library import native
 from puna.ops.native.linear import takes
@@ -43,6 +44,15 @@ class Group:
     """(B,) tokens that the last query sees."""
     mask: Tensor | None
     """(B, 1, T, M * BLOCK) what a query sees; None: the pieces are whole beginnings, seen causally."""
+    fixed: bool = False
+    """Whether groups of just this size come again and again."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What layers make of the above and share."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, T) of the queries."""
+        return self.lengths[:, None] - 1 - (self.rows[:, -1:] - self.rows)
 
 
 class Pieces:
@@ -73,6 +83,25 @@ class Pieces:
         counts = torch.tensor([piece.length for piece in self.pieces])
         tables = torch.tensor(padded).repeat_interleave(counts, 0)
         return Tokens(self.blocks, self.slots, tables, torch.tensor(lengths))
+
+
+class Rows(Pieces):
+    """The last token of each of B texts whose tables lie on the device: nothing here depends on what they hold.
+
+    Args:
+        tables: (B, M) blocks, those past a text's end any.
+        positions: (B,).
+    """
+
+    def __init__(self, tables: Tensor, positions: Tensor):
+        self.pieces = []
+        self.blocks = tables.gather(1, (positions // BLOCK)[:, None])[:, 0]
+        self.slots = positions % BLOCK
+        self.tokens = len(positions)
+        rows = torch.arange(self.tokens, device=tables.device)[:, None]
+        seen = torch.arange(tables.shape[1] * BLOCK, device=tables.device) <= positions[:, None, None, None]
+        self.groups = [Group(rows, None, tables, positions + 1, seen, fixed=True)]
+        self.each = Tokens(self.blocks, self.slots, tables, positions + 1)
 
 
 def paged_attention_eager(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Tensor:
@@ -126,7 +155,15 @@ def _of_group(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, gro
     """(B, H, T, D) -> (B, H, T, D)."""
     if group.mask is None:
         return attention(q, *(x[0][:, group.rows].transpose(0, 1) for x in (k, v)))
+    if usable(q, keys):
+        return _fused(q, keys, values, group)
     return attention(q, _gathered(keys, group.tables), _gathered(values, group.tables), group.mask)
+
+
+def _fused(q: Tensor, keys: Tensor, values: Tensor, group: Group) -> Tensor:
+    if "mask" not in group.kept:
+        group.kept["mask"] = flex_mask(group.tables, group.positions, keys, q.shape[1])
+    return flex_paged_attention(q, keys, values, group.kept["mask"], compiled(group.fixed))
 
 
 def _store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> None:
@@ -137,6 +174,8 @@ def _store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -
 def _gathered(pool: Tensor, tables: Tensor) -> Tensor:
     """(blocks, K, BLOCK, D) by (B, M) -> (B, K, M * BLOCK, D), each block of a head copied in one piece."""
     (_, heads, block, dim), (batch, count) = pool.shape, tables.shape
+    if not pool.is_contiguous():  # laid out for FlexAttention
+        return pool[tables].transpose(1, 2).flatten(2, 3)
     index = tables[:, None, :] * heads + torch.arange(heads, device=tables.device)[:, None]  # (B, K, M)
     picked = pool.view(-1, block * dim).index_select(0, index.flatten())
     return picked.view(batch, heads, count * block, dim)
