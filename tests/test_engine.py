@@ -15,15 +15,18 @@ from weakref import ref
 
 import pytest
 import torch
+from command_line import puna_forked
 from test_model import BASE, build
 
 import puna
 from puna.errors import ResourceError, UsageError
 from puna.infer.engine import Engine
 from puna.infer.generate import generate
+from puna.infer.llama import Llama
 from puna.infer.request import Request, Sampling
 from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
+from puna.tokenizer.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(**{**BASE, "n_kv_heads": 2, "max_seq_len": 160})
 SIZES: dict[str, dict[str, Any]] = {
@@ -272,7 +275,7 @@ def test_random_load_ends_where_it_began(model: Transformer) -> None:
     open_: list[int] = []
     first = 0
     while time.monotonic() < end or engine.busy:
-        if time.monotonic() < end and r.random() < 0.5:
+        if time.monotonic() < end and len(open_) < 30 and r.random() < 0.3:
             request = r.choice(mixed(8, r.randrange(50)))
             sampling = replace(request.sampling, n=r.choice([1, 1, 3]), logprobs=r.choice([None, 2]))
             score = r.choice([None, 1, len(request.prompt)])
@@ -321,15 +324,15 @@ def test_stop_strings_end_answers(model: Transformer) -> None:
 
 
 def test_smollm_likelihoods_are_the_references(assets: Path) -> None:
-    """Scores that are nearly those of transformers: 260 requests of two tasks, to 2e-3, fp32 (80 of the long ones only
-    with PUNA_TEST_LOAD set)."""
+    """Scores that are nearly those of transformers: 90 requests of two tasks, to 2e-3 in fp32; all 260 with
+    PUNA_TEST_LOAD set."""
     llama = puna.load("smollm2-135m", dtype="fp32", device="cpu")
     known = json.loads((assets / "checkpoints/smollm2_135m_instruct/reference_loglikelihoods.json").read_text())
     files = {"arc_easy_rc_5shot_first_160_requests": "arc_easy__rc_5shot", "lambada_first_100": "lambada__bpb_0shot"}
     for name, file in files.items():
         references = known[name]
-        if name == "lambada_first_100" and "PUNA_TEST_LOAD" not in os.environ:
-            references = references[:20]
+        if "PUNA_TEST_LOAD" not in os.environ:  # LAMBADA's share nothing
+            references = references[: 10 if file.startswith("lambada") else 80]
         with gzip.open(assets / "eval/olmes_requests" / f"{file}.jsonl.gz", "rt") as lines:
             asked = [json.loads(line)["request"] for line in itertools.islice(lines, len(references))]
         rows = []
@@ -341,3 +344,45 @@ def test_smollm_likelihoods_are_the_references(assets: Path) -> None:
         assert [len(f.tokens) for f in found] == [r["n_tokens"] for r in references]
         assert [f.total for f in found] == pytest.approx([r["sum_logprob"] for r in references], abs=2e-3)
         assert [f.greedy for f in found] == [r["is_greedy"] for r in references]
+
+
+def test_a_conversation_goes_on_where_it_was(model: Transformer, tokenizer_folder: Path) -> None:
+    """A chat that reads everything said so far again at each turn."""
+    llama = Llama(model, Tokenizer(tokenizer_folder), tokenizer_folder, [])
+    first = [r % 97 for r in range(3, 60)]
+    sizes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].numel()))
+    said = llama.continue_ids([first], 10)[0]
+    sizes.clear()
+    llama.continue_ids([[*first, *said, 5, 6, 7]], 1)
+    handle.remove()
+    assert sum(sizes) == 1 + 3  # the last id of the answer was never read
+    shown: list[int] = []
+    rows = llama.continue_ids([first, [1]], 10, on_token=shown.append, temperature=1.0, seed=4)
+    assert rows == generate(model, [first, [1]], max_tokens=10, temperature=1.0, seed=4)
+    assert shown == rows[0]
+    assert llama.engine.cache._pool is None, "after a batch its memory is given back"
+
+
+def test_generate_and_its_options_on_the_command_line(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """An option that is parsed and dropped."""
+    tokenizer = Tokenizer(tokenizer_folder)
+    llama = Llama(build(CONFIG.model_copy(update={"vocab_size": 600})), tokenizer, tmp_path, tokenizer.stop_ids)
+    llama.save(tmp_path / "model", "fp32")
+    text = llama.generate("The llama", 8)
+    stop = text[2:4]
+    ask = ["generate", "model", "-p", "The llama", "--dtype", "fp32", "--max-tokens", "8", "--json"]
+    several = ["-n", "3", "--temperature", "1", "--logprobs", "2", "--seed", "1"]
+    done = puna_forked([[*ask, "--temperature", "0"], [*ask, *several], [*ask, *several, "--top-k", "1"],
+                        [*ask, "--temperature", "0", "--repetition-penalty", "1e9"],
+                        [*ask, "--temperature", "0", "--stop", stop]], tmp_path)  # fmt: skip
+    assert [d.returncode for d in done] == [0] * 5, done
+    best, samples, firm, fresh, cut = (json.loads(d.stdout) for d in done)
+    assert len({each["text"] for each in samples}) == 3
+    for each in samples:
+        assert [len(place["top"]) for place in each["logprobs"]] == [2] * len(each["token_ids"])
+    assert [each["text"] for each in firm] == [best["text"]] * 3
+    ids = fresh["token_ids"]
+    assert len(set(ids)) == len(ids)
+    assert best["text"] == text
+    assert (cut["finish_reason"], cut["text"]) == ("stop", text[: text.index(stop)])

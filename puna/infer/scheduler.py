@@ -44,9 +44,10 @@ class Scheduler:
 
     def remove(self, each: Sample) -> None:
         """It is not computed any further."""
-        for place in (self.running, self.waiting):
-            if each in place:
-                place.remove(each)
+        if each in self.running:
+            self.running.remove(each)
+        elif each in self.waiting:  # thousands may wait
+            self.waiting.remove(each)
         self.cache.end(each.text)
 
     def _make_room(self, each: Sample, count: int) -> bool:
