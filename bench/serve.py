@@ -32,10 +32,9 @@ def long_prompt() -> list[tuple[list[int], int]]:
 
 def puna_side(asked: list[tuple[list[int], int]]) -> Work:
     import puna
-    from puna.infer.engine import Engine
     from puna.infer.request import Request, Sampling
 
-    engine = Engine(puna.load(MODEL, dtype="bf16").model)
+    engine = puna.load(MODEL, dtype="bf16").engine
 
     def step() -> float:
         engine.forget()  # the same prompts again are not read again

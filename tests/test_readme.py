@@ -18,6 +18,7 @@ TINY = [
     "model.max_seq_len=1024", "batch_size=2", "samples.prompts=[]", "steps=2",
 ]  # fmt: skip
 ROWS = '{"prompt": "How many stars?", "completion": "345"}\n' * 8
+QUESTIONS = '{"goal": "To count stars,", "sol1": "look up.", "sol2": "look down.", "label": 0}\n' * 4
 TUNE = ["model=runs/pretrain", "data.path=rows.jsonl", "template=llama3.1"]
 
 # in the README's order; the words behind a command make it small, later words win
@@ -44,9 +45,15 @@ RUN: dict[str, list[str]] = {
     "puna data stats runs/data": [],
     'puna tokenizer encode runs/tokenizer "text"': [],
     "puna inspect runs/pretrain": [],
+    'puna generate my-model -p "Dear" -n 3 --top-k 40 --stop "." --json --logprobs 5': ["--max-tokens", "2"],
+    'puna generate my-model -p "Dear" --speculate lookup': ["--max-tokens", "4"],
+    "puna ls tasks": [],
+    "puna eval my-model --tasks piqa --data questions --limit 200": [],
+    "puna quantize my-model small --scheme int4": ["--text", "held_out.txt"],
     "puna inspect my-model": [],
     "puna convert my-model my-model.gguf --kind Q8_0": ["--kind", "F16"],  # rows of 16 have no blocks of 32
     "puna convert my-model.gguf back --to hf": [],
+    "puna eval my-model --tasks piqa --data questions --against back --output answers": [],
     "puna convert back for-meta --to meta --shards 3": ["--shards", "1"],
     "puna verify my-model --against my-model.gguf": ["--max-tokens", "2"],
     'puna tokenizer encode for-meta/tokenizer.model "Hello world"': [],
@@ -70,6 +77,8 @@ ALONE = {
     "python bench/lora.py": ["--help"],
     "python bench/pretrain.py": ["--help"],
     "python bench/generate.py": ["--help"],
+    "python bench/serve.py": ["--help"],
+    "python bench/speculate.py": ["--help"],
     "python bench/load.py": ["--help"],
     "python bench/convert.py": ["--help"],
 }
@@ -121,6 +130,8 @@ def test_the_readme_runs(tmp_path: Path, texts: Path) -> None:
     (tmp_path / "my_texts").symlink_to(texts)
     (tmp_path / "rows.jsonl").write_text(ROWS)
     (tmp_path / "tools.json").write_text('[{"name": "count", "description": "Counts.", "parameters": {}}]')
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "questions/piqa_validation.jsonl").write_text(QUESTIONS)
     (tmp_path / "held_out.txt").write_text("The stars count the llamas.\n")
     calls = [[*shlex.split(command)[1:], *more] for command, more in RUN.items()]
     answers = puna_forked(calls, tmp_path, stdin="Who are you?\n/quit\n")

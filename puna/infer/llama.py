@@ -21,7 +21,9 @@ from puna.errors import UsageError
 from puna.files import as_path, atomic_folder
 from puna.infer.draft import Draft, SelfDraft, packed_copy
 from puna.infer.engine import Engine
-from puna.infer.native import use_native
+from puna.infer.forward import Row, forward
+from puna.infer.native import FEW_TOKENS, use_native
+from puna.infer.paged_cache import PagedCache
 from puna.infer.request import Completion, Event, Request, Result
 from puna.infer.sampling import Sampling
 from puna.infer.speculate import Lookup, Proposer, Speculation
@@ -68,7 +70,12 @@ class Llama:
         tokens = torch.as_tensor(ids, device=next(self.model.parameters()).device)
         if tokens.ndim != 2:
             raise UsageError(f"ids have shape {tuple(tokens.shape)}", fix="rows of one length: [[1, 2, 3]]")
-        return self.model(tokens).float()
+        if not 0 < tokens.numel() <= FEW_TOKENS or tokens.device.type != "cpu" or not use_native(self.model):
+            return self.model(tokens).float()
+        # A step of the engine, whose kernels read the weights in a third of the time that torch takes for so few rows.
+        cache = PagedCache(self.model.config, len(tokens), self.model.compute_dtype, tokens.device)
+        hidden = forward(self.model, cache, [Row(ids, 0, [cache.take()]) for ids in tokens.tolist()])
+        return self.model.lm_head(hidden).view(*tokens.shape, -1).float()
 
     @overload
     def generate(self, prompt: str, max_tokens: int = 256, **sampling: Any) -> str: ...
