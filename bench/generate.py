@@ -62,7 +62,8 @@ for line in sys.stdin:
 
 def llama_cpp_side(tokens: int, file: str) -> Work:
     command = [os.environ.get("PUNA_LLAMA_CPP", sys.executable), "-c", LLAMA_CPP, file]
-    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # its threads are 2.5 times as fast spinning
+    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     assert peer.stdin is not None
     assert peer.stdout is not None
     if peer.stdout.readline() != "ready\n":

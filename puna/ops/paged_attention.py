@@ -62,12 +62,16 @@ class Pieces:
         self.pieces = pieces
         self.blocks = torch.tensor([t[p // BLOCK] for s, n, t in pieces for p in range(s, s + n)], device=device)
         self.slots = torch.tensor([p % BLOCK for s, n, _ in pieces for p in range(s, s + n)], device=device)
+        self.device, self.tokens = device, len(self.blocks)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Pieces of about one size together, for those who compute them so."""
         first, by_size = 0, dict[tuple[int, int, bool], list[tuple[int, Piece]]]()
-        for piece in pieces:
+        for piece in self.pieces:
             by_size.setdefault(_size(piece), []).append((first, piece))
             first += piece.length
-        self.groups = [_group(members, device) for members in by_size.values()]
-        self.tokens = first
+        return [_group(members, self.device) for members in by_size.values()]
 
     @property
     def short(self) -> bool:
