@@ -4,7 +4,9 @@ import copy
 import ctypes
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,18 +189,71 @@ def test_weights_that_moved_are_read_where_they_are(kernels: Native, model: Tran
     assert use_native(copy.deepcopy(model))  # addresses are not copied with a model
 
 
-def test_what_is_hooked_or_replaced_is_called(kernels: Native, model: Transformer) -> None:
-    """A layer that is something else now (an adapter, a probe) must not be passed by."""
+@pytest.mark.parametrize("place", ["1", "1.mlp", "1.mlp.up_proj", "0.self_attn.q_proj", "0.input_layernorm"])
+def test_what_is_hooked_or_replaced_is_called(kernels: Native, model: Transformer, place: str) -> None:
+    """A module that is something else now (an adapter, a probe) was passed by, and other text written."""
     use_native(model)
-    texts(model, 1)
-    handle = model.layers[1].mlp.up_proj.register_forward_hook(lambda module, given, out: out * 2)
+    before, _ = texts(model, 2)
+    module = model.layers.get_submodule(place)
+    handle = module.register_forward_hook(lambda module, given, out: out * 0)
     wanted, found = texts(model, 2)
-    assert found == wanted
+    assert found == wanted != before
     handle.remove()
-    model.layers[0].self_attn.q_proj = torch.nn.Sequential(model.layers[0].self_attn.q_proj)
+    wanted, found = texts(model, 2)
+    assert found == wanted == before
+    assert on_models._weights(model) is not None
+    parent, _, name = place.rpartition(".")
+    setattr(model.layers.get_submodule(parent), name, torch.nn.Sequential(module) if parent else Twice(module))
     assert on_models._weights(model) is None
     wanted, found = texts(model, 2)
     assert found == wanted
+
+
+class Twice(torch.nn.Module):
+    """A block that adds what it adds twice."""
+
+    def __init__(self, block: torch.nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return 2 * self.block(x, *rest) - x
+
+
+def test_modules_that_hold_no_tensor_are_watched(kernels: Native, model: Transformer) -> None:
+    """Hooks on the attention (which nobody calls) and on all modules of a process are hooks, too."""
+    use_native(model)
+    texts(model, 1)
+    for register in (
+        model.layers[0].self_attn.register_forward_pre_hook,
+        torch.nn.modules.module.register_module_forward_hook,
+        torch.nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(lambda *given: None)
+        assert on_models._weights(model) is None
+        handle.remove()
+        assert on_models._weights(model) is not None
+
+
+def test_packed_tensors_that_are_replaced_are_read(kernels: Native, model: Transformer) -> None:
+    """`load_state_dict(assign=True)` with other scales changed the buffer and not the output."""
+    layer = model.layers[0].mlp.up_proj = PackedLinear(packed(160, 96, "int4-min"))
+    use_native(model)
+    texts(model, 1)
+    for name, factor in (("scales", 2), ("mins", -3)):
+        changed = layer.state_dict()
+        changed[name] = changed[name] * factor
+        layer.load_state_dict(changed, assign=True)
+        x = torch.randn(1, 96, generator=torch.Generator().manual_seed(0))
+        assert distance(layer(x), F.linear(x, layer.weight)) < 1e-6
+        wanted, found = texts(model, 2)
+        assert found == wanted
+
+
+def test_a_table_meets_rounded_activations_in_torch(kernels: Native) -> None:
+    """The kernels add whole codes up for int8 activations: a table was taken for none."""
+    weight, x = replace(packed(37, 96, "nf4"), activations="int8"), torch.randn(2, 96)
+    assert torch.equal(packed_linear(x, weight), packed_linear_eager(x, weight))
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
