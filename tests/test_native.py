@@ -97,6 +97,50 @@ def test_rows_are_rounded_as_torch_rounds_them(kernels: Native) -> None:
     assert torch.equal(packed_linear(x, weight), whole * scale)
 
 
+@pytest.mark.parametrize("kind", ["int8-dynamic", "int4-dynamic", "int4-min-dynamic"])
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_what_is_not_finite_stays_so(kernels: Native, kind: str, bad: str) -> None:
+    """A NaN was rounded away: a model that had gone wrong went on with numbers."""
+    for group in (32, 96):
+        for dtype in (torch.float32, torch.bfloat16):
+            weight = packed(37, 96, kind, group)
+            x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+            x[1, 40] = float(bad)
+            found, wanted = packed_linear(x, weight), packed_linear_eager(x, weight)
+            assert wanted[1].isnan().all()
+            assert found[1].isnan().all()
+            assert distance(found[::2], wanted[::2]) < TOLERANCE[dtype]
+
+
+def test_threads_and_memory_that_are_not_there(kernels: Native) -> None:
+    """A helper thread that could not start ended the process; so did memory that ran out amid a kernel."""
+    code = f"""
+import resource, torch
+from puna.errors import ResourceError
+from puna.ops import packed
+from puna.ops.native.library import load
+packed.native = lambda library=load({LEVELS[kernels.level]!r}): library
+torch.set_num_threads(1)
+weight = packed.Packed(torch.ones(512, 4096, dtype=torch.int8), torch.ones(512, 1), None, 8, 4096, None, "int8")
+x, many, room = torch.ones(2, 4096), torch.ones(8192, 4096), torch.ones(20 << 20, dtype=torch.uint8)
+packed.packed_linear(x, weight)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (6 << 20), -1))
+torch.set_num_threads(3)
+assert bool((packed.packed_linear(x, weight) == 4096).all())
+try:
+    del room  # as much as the output takes
+    packed.packed_linear(many, weight)
+except ResourceError as error:
+    print(error.what)
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+assert bool((packed.packed_linear(x, weight) == 4096).all())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "memory ran out in a native kernel\n"
+
+
 @pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_linear_is_torch_s(kernels: Native, dtypes: tuple[str, str]) -> None:
     """Rows, outputs and inputs that fill no tile, and none at all."""
