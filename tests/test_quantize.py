@@ -117,8 +117,31 @@ def test_zeros_and_infinities() -> None:
     weight = torch.zeros(2, 64)
     for kind in (Kind(4, 32), Kind(8), Kind(4, 64, nf4=True)):
         assert torch.equal(dequantize(kind.pack(weight)), weight)
+        assert kind.nf4 or kind.pack(weight).scales.dtype == torch.float16
         with pytest.raises(NumericError):
             kind.pack(weight + torch.inf)
+
+
+@pytest.mark.parametrize("shift", [-100, -20, 70])
+@pytest.mark.parametrize("name", ["int8", "int4", "int8-int4"])
+def test_small_weights_are_rounded_as_large_ones_are(name: str, shift: int) -> None:
+    """A floor under the scales made weights of 1e-5 zero; squares of 1e22 are infinite, and no scale was chosen."""
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    near, far = (SCHEMES[name].linears.pack(w) for w in (weight, weight * 2.0**shift))
+    assert torch.equal(dequantize(far), dequantize(near) * 2.0**shift)
+    moments = torch.eye(64)
+    near, far = (rounded_in_turn(w, moments, SCHEMES[name].linears) for w in (weight, weight * 2.0**shift))
+    assert torch.equal(dequantize(far), dequantize(near) * 2.0**shift)
+
+
+def test_what_is_not_finite_is_not_calibrated() -> None:
+    """GPTQ had no check: a NaN became whatever lay in the memory."""
+    weight, moments = torch.ones(2, 64), torch.eye(64)
+    for damaged in (weight.index_fill(1, torch.tensor([3]), torch.nan), weight * torch.inf):
+        with pytest.raises(NumericError, match="weights"):
+            rounded_in_turn(damaged, moments, Kind(4, 32))
+    with pytest.raises(NumericError, match="enters"):
+        rounded_in_turn(weight, moments * torch.nan, Kind(4, 32))
 
 
 def test_nf4_by_hand() -> None:
