@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_model import build
 
 from puna.checkpoint import bitsandbytes, compressed_tensors
-from puna.checkpoint.compressed_config import matched, read_groups
+from puna.checkpoint.compressed_config import Group, matched, read_groups
 from puna.checkpoint.convert import convert
 from puna.checkpoint.gguf.blocks import LAYOUTS, Ggml
 from puna.checkpoint.gguf.blocks import dequantize as dequantize_blocks
@@ -24,6 +25,7 @@ from puna.checkpoint.gguf.packed import PACKED, unpacked_blocks
 from puna.checkpoint.inspect import inspect
 from puna.checkpoint.model_directory import save_model
 from puna.checkpoint.registry import open_model
+from puna.checkpoint.stored import Weight
 from puna.errors import CheckpointError, NumericError, UsageError
 from puna.eval.certificate import CERTIFICATE, quantize
 from puna.files import verify
@@ -400,6 +402,9 @@ DAMAGE: dict[str, Any] = {
     "an order of columns": lambda t: t.update({"lm_head.weight_g_idx": torch.zeros(64, dtype=torch.int32)}),
     "a layer there is not": lambda t: t.update({"model.layers.9.mlp.up_proj.weight_scale": torch.ones(1)}),
     "integers alone": lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}),
+    "a shape of other values": lambda t: t["lm_head.weight_shape"].fill_(-1),
+    "scales that are integers": lambda t: t.update({"lm_head.weight_scale": torch.ones(640, 1, dtype=torch.int32)}),
+    "scales of complex numbers": lambda t: t.update({"lm_head.weight_scale": torch.ones(640, 1, dtype=torch.cfloat)}),
     "a scale that is NaN": lambda t: t["lm_head.weight_scale"].fill_(torch.nan),
 }  # fmt: skip
 
@@ -413,6 +418,20 @@ def test_parts_that_do_not_fit_are_refused(case: str, small: Path, tmp_path: Pat
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError):
         open_model(tmp_path).load(torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "columns"), [(4, 32, 48), (8, 32, 48), (4, 0, 48), (4, 0, 7), (8, 0, 6), (8, 64, 32)]
+)
+def test_columns_that_do_not_divide_are_refused(bits: int, size: int, columns: int) -> None:
+    """Rounded down, scales for all but the last columns fitted, and a RuntimeError came when the layer was read."""
+    packed = torch.zeros(2, columns * bits // 32, dtype=torch.int32)
+    scales = torch.ones(2, columns // size if size else 1)
+    tensors = {"weight_packed": packed, "weight_scale": scales, "weight_shape": torch.tensor([2, columns])}
+    parts = {name: Weight(tuple(t.shape), t.dtype, partial(torch.clone, t)) for name, t in tensors.items()}
+    with pytest.raises(CheckpointError, match="columns"):
+        compressed_tensors.opened(parts, Group(("Linear",), bits, size, "float"), (2, columns), "here")
+    assert Kind(bits, size).problem(columns)
 
 
 def test_a_groups_names_are_stronger_than_its_classes() -> None:

@@ -27,7 +27,7 @@ class Kind(NamedTuple):
 
     def problem(self, columns: int) -> str:
         """Why a weight with that many columns cannot be stored so; empty if it can."""
-        group = self.group or (32 if self.bits == 4 else 1)
+        group = self.group or (32 if self.bits == 4 else 4)  # runs of nibbles; words of four bytes on disk
         return f"{columns} columns are not whole groups of {group}" if columns % group else ""
 
 
