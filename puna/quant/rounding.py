@@ -1,16 +1,11 @@
 """Weights rounded to whole multiples of a scale, symmetric about zero."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from puna.errors import NumericError
 from puna.ops.nibbles import pack_nibbles
-from puna.ops.packed import Packed
-
-Activations = Literal["float", "int8"]
-"""Whether the input of a product is rounded to 8 bits first, each row by a scale of its own."""
+from puna.ops.packed import Activations, Packed
 
 _CHUNK = 1 << 22  # weights searched at a time: a tensor's errors are never all in memory
 # Largest magnitude over scale. A clipped extreme is often cheaper than coarse steps for all others; a negative scale

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from puna.config import nearest
 from puna.errors import UsageError
-from puna.ops.packed import Packed
+from puna.ops.packed import Activations, Packed
 from puna.quant.nf4 import BLOCK, round_nf4
-from puna.quant.rounding import Activations, round_symmetric
+from puna.quant.rounding import round_symmetric
 
 
 class Kind(NamedTuple):
