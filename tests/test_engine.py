@@ -23,7 +23,7 @@ from puna.errors import ResourceError, UsageError
 from puna.infer.engine import Engine
 from puna.infer.generate import generate
 from puna.infer.llama import Llama
-from puna.infer.request import Request, Sampling
+from puna.infer.request import Event, Request, Sampling
 from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
 from puna.tokenizer.tokenizer import Tokenizer
@@ -394,3 +394,54 @@ def test_generate_and_its_options_on_the_command_line(tokenizer_folder: Path, tm
     assert len(set(ids)) == len(ids)
     assert best["text"] == text
     assert (cut["finish_reason"], cut["text"]) == ("stop", text[: text.index(stop)])
+
+
+def test_of_requests_one_of_which_cannot_be_none_is_begun(model: Transformer) -> None:
+    """An engine that stays busy with what stood before a prompt that is too long."""
+    engine, fine = Engine(model), mixed(2)
+    with pytest.raises(UsageError, match="context holds 160"):
+        engine.run([*fine, Request([1] * 200)])
+    with pytest.raises(UsageError, match="context holds 160"):
+        engine.score([([1], [2]), ([1] * 200, [2])])
+    assert (engine.busy, engine.added) == (False, 0)
+    assert answers(engine, fine) == [alone(model, request) for request in fine]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_added_before_a_run_goes_on(fails: bool, model: Transformer) -> None:
+    """`run` takes the results of others for its own, and their events never reach whoever waits for them."""
+    requests = mixed(5)
+    engine, before = Engine(model, batch=2), requests[:3]
+    numbers, told, results = [engine.add(request) for request in before], dict[int, list[int]](), {}
+
+    def show(event: Event) -> None:
+        assert event.request not in numbers
+        if fails:
+            raise KeyboardInterrupt
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(requests[3:], show)
+    else:
+        found = engine.run(requests[3:], show)
+        assert [list(r.completions[0].token_ids) for r in found] == [alone(model, r) for r in requests[3:]]
+    while engine.busy:
+        for event in engine.step():
+            told.setdefault(event.request, []).extend(event.token_ids)
+            if event.result is not None:
+                results[event.request] = list(event.result.completions[0].token_ids)
+    wanted = dict(zip(numbers, [alone(model, request) for request in before], strict=True))
+    assert (told, results) == (wanted, wanted)
+
+
+def test_an_error_of_a_batch_is_told_as_it_is(model: Transformer, tokenizer_folder: Path) -> None:
+    """The engine said to be "still writing" instead of what is wrong with a prompt; others' engine released."""
+    llama = Llama(model, Tokenizer(tokenizer_folder), tokenizer_folder, [])
+    with pytest.raises(UsageError, match="context holds 160"):
+        llama.continue_ids([[1], [1] * 200], 4)
+    assert llama.continue_ids([[1], [2]], 4) == generate(model, [[1], [2]], max_tokens=4)
+    number = llama.engine.add(Request([3], Sampling(max_tokens=60)))
+    assert llama.continue_ids([[1], [2]], 4) == generate(model, [[1], [2]], max_tokens=4)
+    while llama.engine.busy:
+        event = llama.engine.step()[-1]
+    assert (event.request, len(event.result.completions[0].token_ids)) == (number, 60)

@@ -78,15 +78,7 @@ class Engine:
                 `decode`. ResourceError: the cache could not hold it even alone.
         """
         self._check(request)
-        number, self.added = self.added, self.added + 1
-        limit = self.model.config.max_seq_len
-        self._open[number] = [Sample(number, i, request, limit, self.decode) for i in range(request.sampling.n)]
-        for each in list(self._open[number]):
-            if each.goal:
-                self.scheduler.waiting.append(each)
-            else:  # nothing to write, nothing to score
-                self._finish(each, "length")
-        return number
+        return self._take(request)
 
     @property
     def busy(self) -> bool:
@@ -115,27 +107,39 @@ class Engine:
             if each.finished is None:
                 self._finish(each, "cancelled")
 
-    def run(self, requests: Sequence[Request], on_event: Callable[[Event], None] | None = None) -> list[Result]:
-        """The results of these requests, in their order.
+    def run(
+        self,
+        requests: Sequence[Request],
+        on_event: Callable[[Event], None] | None = None,
+        *,
+        speculate: Speculation | None = None,
+    ) -> list[Result]:
+        """The results of these requests, in their order. What was added before goes on beside them; its events come
+        with the next step after.
 
         Args:
-            on_event: called with what each step did; it may cancel. The first request has the number `added` was.
+            on_event: called with what each step did for them; it may cancel. The first has the number `added` was.
+            speculate: guesses ids until they are done, instead of the engine's own.
+
+        Raises:
+            UsageError, ResourceError: see `add`; none of them is begun then.
         """
-        numbers = [self.add(request) for request in requests]
-        results: dict[int, Result] = {}
+        for request in requests:
+            self._check(request)
+        ours, others, own = range(self.added, self.added + len(requests)), list[Event](), self.speculation
+        self._guess_by(speculate or own)
         try:
-            while len(results) < len(numbers):
-                for event in self.step():
-                    if event.result is not None:
-                        results[event.request] = event.result
-                    if on_event is not None:
-                        on_event(event)
+            for request in requests:
+                self._take(request)
+            return self._finished(ours, others, on_event)
         except BaseException:  # Ctrl-C above all: the engine stays usable
-            for number in numbers:
+            for number in ours:
                 self.cancel(number)
-            self._events = [event for event in self._events if event.request not in numbers]
+            self._events = [event for event in self._events if event.request not in ours]
             raise
-        return [results[number] for number in numbers]
+        finally:
+            self._events[:0] = others
+            self._guess_by(own)
 
     def score(
         self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, adapter: str | None = None
@@ -184,6 +188,40 @@ class Engine:
         if self.speculation is not None:
             self.speculation.proposer.release()
         self.graphs.release()
+
+    def _take(self, request: Request) -> int:
+        number, self.added = self.added, self.added + 1
+        limit = self.model.config.max_seq_len
+        self._open[number] = [Sample(number, i, request, limit, self.decode) for i in range(request.sampling.n)]
+        for each in list(self._open[number]):
+            if each.goal:
+                self.scheduler.waiting.append(each)
+            else:  # nothing to write, nothing to score
+                self._finish(each, "length")
+        return number
+
+    def _finished(self, ours: range, others: list[Event], on_event: Callable[[Event], None] | None) -> list[Result]:
+        """Step until these are done. The events of all others are put aside."""
+        results: dict[int, Result] = {}
+        while len(results) < len(ours):
+            events = self.step()
+            others += [event for event in events if event.request not in ours]
+            for event in events:
+                if event.request in ours:
+                    if event.result is not None:
+                        results[event.request] = event.result
+                    if on_event is not None:
+                        on_event(event)
+        return [results[number] for number in ours]
+
+    def _guess_by(self, speculation: Speculation | None) -> None:
+        if self.speculation is not None and self.speculation is not speculation:
+            for each in self._samples():
+                self.speculation.proposer.end(each)
+        self.speculation = speculation
+
+    def _samples(self) -> list[Sample]:
+        return [each for samples in self._open.values() for each in samples]
 
     def _schedule(self) -> list[Chunk]:
         if self.scheduler.waiting:
@@ -263,7 +301,7 @@ class Engine:
 
     def _abandon(self) -> None:
         """Drop every request and whatever the cache may hold of them."""
-        for each in [each for samples in self._open.values() for each in samples]:
+        for each in self._samples():
             self._drop(each)
         self._open.clear()
         self._events.clear()
