@@ -74,8 +74,8 @@ class Engine:
         """Take a request in; its number, which its events have.
 
         Raises:
-            UsageError: a prompt that is empty, too long, or has ids outside the vocabulary; stop strings without
-                `decode`. ResourceError: the cache could not hold it even alone.
+            UsageError: a prompt that is empty, too long, or has ids outside the vocabulary; a bias of such an id; stop
+                strings without `decode`. ResourceError: the cache could not hold it even alone.
         """
         self._check(request)
         return self._take(request)
@@ -87,7 +87,13 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One forward, and what it did. Nothing to do: nothing."""
+        """One forward, and what it did. Nothing to do: nothing.
+
+        Whatever it raises ends all requests, as `failed` and with what they have; the next step tells so.
+
+        Raises:
+            NumericError: logits that are not numbers.
+        """
         try:
             if chunks := self._schedule():
                 if self.speculation is not None:
@@ -103,9 +109,7 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """End a request with what it has. Its last event comes with the next step; a finished one is left alone."""
-        for each in self._open.get(number, []):
-            if each.finished is None:
-                self._finish(each, "cancelled")
+        self._end(number, "cancelled")
 
     def run(
         self,
@@ -155,6 +159,8 @@ class Engine:
     def forget(self) -> None:
         """Do not use what is cached for new requests. Needed only after weights changed unseen (through `.data`)."""
         self._forgotten += 1
+        for each in self._samples():
+            each.first_key = self._first_key(each.request)
         self.cache.blocks.forget()
         self.graphs.forget()
 
@@ -192,7 +198,8 @@ class Engine:
     def _take(self, request: Request) -> int:
         number, self.added = self.added, self.added + 1
         limit = self.model.config.max_seq_len
-        self._open[number] = [Sample(number, i, request, limit, self.decode) for i in range(request.sampling.n)]
+        key = self._first_key(request)
+        self._open[number] = [Sample(number, i, request, limit, self.decode, key) for i in range(request.sampling.n)]
         for each in list(self._open[number]):
             if each.goal:
                 self.scheduler.waiting.append(each)
@@ -220,15 +227,15 @@ class Engine:
                 self.speculation.proposer.end(each)
         self.speculation = speculation
 
+    def _first_key(self, request: Request) -> bytes:
+        return f"{self._forgotten} {self.adapters.key(request.adapter)}".encode()
+
     def _samples(self) -> list[Sample]:
         return [each for samples in self._open.values() for each in samples]
 
     def _schedule(self) -> list[Chunk]:
-        if self.scheduler.waiting:
-            if self._weights.changed():
-                self.forget()
-            for each in self.scheduler.waiting:
-                each.first_key = f"{self._forgotten} {self.adapters.key(each.request.adapter)}".encode()
+        if self.scheduler.waiting and self._weights.changed():
+            self.forget()
         return sorted(self.scheduler.plan(), key=lambda chunk: self.adapters.key(chunk.sample.request.adapter))
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
@@ -269,30 +276,34 @@ class Engine:
     def _accept(self, each: Sample, guess: Sequence[int], ids: list[int], told: list[TokenLogprob | None]) -> None:
         """Add ids as long as those before them were guessed right."""
         right = next((n for n, (a, b) in enumerate(zip(guess, ids, strict=False)) if a != b), len(guess))
-        new: tuple[int, ...] = ()
+        reason: FinishReason | None = None
         for token, logprob in zip(ids[: right + 1], told, strict=False):
-            new += each.accept(token, logprob)
-            if each.finished:
+            if reason := each.accept(token, logprob):
                 break
         self.cache.plan(each.text, min(right, len(each.text.ids) - 1 - each.text.stored))  # already computed
-        if each.finished:
-            self._finish(each, each.finished, new)
-        elif new:
+        if reason:
+            self._finish(each, reason)
+        elif new := each.news():
             self._events.append(Event(each.number, each.index, new))
 
     def _refuse_open(self, adapter: str) -> None:
         if any(samples[0].request.adapter == adapter for samples in self._open.values()):
             raise UsageError(f"requests are being written with `{adapter}`", fix="finish or cancel them first")
 
-    def _finish(self, each: Sample, reason: FinishReason, new: tuple[int, ...] = ()) -> None:
-        each.finished = reason
+    def _finish(self, each: Sample, reason: FinishReason) -> None:
         self._drop(each)
-        samples = self._open[each.number]
+        each.finished = reason
+        new, samples = each.news(), self._open[each.number]
         result = _result(samples) if all(s.finished for s in samples) else None
         if result is not None:
             del self._open[each.number]
         if new or result is not None:
             self._events.append(Event(each.number, each.index, new, result))
+
+    def _end(self, number: int, reason: FinishReason) -> None:
+        for each in self._open.get(number, []):
+            if each.finished is None:
+                self._finish(each, reason)
 
     def _drop(self, each: Sample) -> None:
         self.scheduler.remove(each)
@@ -301,10 +312,9 @@ class Engine:
 
     def _abandon(self) -> None:
         """Drop every request and whatever the cache may hold of them."""
-        for each in self._samples():
-            self._drop(each)
-        self._open.clear()
-        self._events.clear()
+        for number in list(self._open):
+            self._end(number, "failed")
+        self._open.clear()  # Ctrl-C may come between the end of a request and its event
         self.forget()
 
     def _check(self, request: Request) -> None:
@@ -312,8 +322,11 @@ class Engine:
         vocab_size = self.model.config.vocab_size
         if not length:
             raise UsageError("an empty prompt has nothing to continue", fix="at least one token, BOS will do")
-        if any(not 0 <= token < vocab_size for token in request.prompt):
-            raise UsageError(f"a prompt has an id outside 0..{vocab_size - 1}", cause="ids of another tokenizer")
+        for where, ids in (("a prompt", request.prompt), ("a logit_bias", request.sampling.logit_bias)):
+            if any(not hasattr(kind, "__index__") for kind in {*map(type, ids)}):
+                raise UsageError(f"{where} has an id that is no whole number", fix="int")
+            if any(not 0 <= token < vocab_size for token in ids):
+                raise UsageError(f"{where} has an id outside 0..{vocab_size - 1}", cause="ids of another tokenizer")
         # an answer needs room for one id; of what is only scored, the last id is predicted and never read
         if length + (1 if request.sampling.max_tokens else -1) > limit:
             raise UsageError(f"the prompt has {length} tokens, the context holds {limit}", fix="a shorter prompt")
