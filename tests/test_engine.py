@@ -20,6 +20,7 @@ from test_model import BASE, build
 
 import puna
 from puna.errors import NumericError, ResourceError, UsageError
+from puna.infer import engine as engine_module
 from puna.infer.engine import Engine
 from puna.infer.generate import generate
 from puna.infer.llama import Llama
@@ -27,6 +28,7 @@ from puna.infer.request import Event, Request, Sampling
 from puna.infer.sampling import penalized
 from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
+from puna.ops.paged_attention import BLOCK
 from puna.tokenizer.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(**{**BASE, "n_kv_heads": 2, "max_seq_len": 160})
@@ -520,3 +522,21 @@ def test_text_is_copied_for_penalties_only(monkeypatch: pytest.MonkeyPatch, mode
     assert copied == []
     Engine(model).run([plain, asked])
     assert copied == [0, 20, 0, 21, 0, 22]
+
+
+@pytest.mark.parametrize(("memory", "wanted"), [(2**31, 2**13), (2**34, 2**16), (2**40, 2**17)])
+def test_the_cache_is_as_large_as_the_machine_lets_it_be(
+    memory: int, wanted: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A context of 131,072 that takes 16 GB of a machine with 2, where a gigabyte was promised."""
+    shape = {**BASE, "n_layers": 32, "n_kv_heads": 8, "n_heads": 8, "head_dim": 128, "max_seq_len": 2**17}
+    with torch.device("meta"):
+        big = Transformer(ModelConfig(**shape), torch.bfloat16)
+    monkeypatch.setattr(engine_module, "_memory", lambda device: memory)
+    with caplog.at_level("INFO", logger="puna"):
+        cache = Engine(big).cache
+    assert cache.blocks.count * BLOCK == wanted
+    assert [record.message for record in caplog.records] == (
+        [] if wanted == 2**17
+        else [f"cache: {wanted:,} tokens in {wanted >> 13}.0 GB (less than a context of 131,072: Engine(tokens=...))"]
+    )  # fmt: skip

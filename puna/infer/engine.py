@@ -2,11 +2,14 @@
 
 A step is one forward over a flat row of tokens: the next token of every text that is being written, and as much of the
 prompts that wait as fits beside them (Orca, Yu et al. 2022; chunked prefill, Agrawal et al. 2023). What a request gets
-does not depend on the others: `generate` is the oracle.
+does not depend on the others: `generate` is the oracle. So it is to the id in fp32 and fp64; in bf16 up to rounding,
+for other kernels take over with more rows, and where two ids are nearly as likely they may choose the other.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from logging import DEBUG, INFO
 from pathlib import Path
 
 import torch
@@ -25,10 +28,11 @@ from puna.infer.scoring import logprobs, score_prompts
 from puna.infer.speculate import Proposer, Speculation
 from puna.infer.stopping import Decode
 from puna.infer.weights import WeightWatch
+from puna.log import log
 from puna.model.transformer import Transformer
 from puna.ops.paged_attention import BLOCK
 
-_CACHE_BYTES = 2**30  # unless one whole context takes more
+_CACHE_BYTES = 2**30  # unless one whole context takes more, and there is twice that
 
 
 class Engine:
@@ -38,11 +42,12 @@ class Engine:
 
     Args:
         decode: ids -> text, needed for stop strings only.
-        tokens: what the cache holds; by default `batch` whole contexts, in at most 1 GB.
+        tokens: what the cache holds; by default `batch` whole contexts in at most 1 GB, or one whole context in more,
+            up to half of the memory (on CUDA: of what is free).
         batch: most texts written at a time.
         chunk: most tokens of a step, as long as every text gets one.
         adapters: LoRA directories by the names that requests ask for.
-        speculate: guesses ids, which makes texts come sooner and changes none of them.
+        speculate: guesses ids, which makes texts come sooner and changes none of them (in bf16: see above).
     """
 
     def __init__(
@@ -58,7 +63,7 @@ class Engine:
     ):
         self.model, self.decode = model, decode
         self.device = next(model.parameters()).device
-        count = -(-(tokens or _default_tokens(model, batch)) // BLOCK)
+        count = -(-(tokens or _default_tokens(model, batch, self.device)) // BLOCK)
         self.cache = PagedCache(model.config, count, model.compute_dtype, self.device)
         self.scheduler = Scheduler(self.cache, batch, chunk)
         self.graphs = DecodeGraphs(model, self.cache)
@@ -340,11 +345,23 @@ class Engine:
             raise ResourceError(f"a request of {needed} tokens, the cache holds {held}", fix="Engine(tokens=...)")
 
 
-def _default_tokens(model: Transformer, batch: int) -> int:
-    """What `batch` contexts take, in at most _CACHE_BYTES, but one context in any case."""
+def _default_tokens(model: Transformer, batch: int, device: torch.device) -> int:
+    """What `batch` contexts take, in at most _CACHE_BYTES; one whole context if half of the memory holds it."""
     config = model.config
     size = 2 * config.n_layers * config.n_kv_heads * config.head_dim * model.compute_dtype.itemsize  # bytes a token
-    return max(config.max_seq_len, min(batch * config.max_seq_len, _CACHE_BYTES // size))
+    memory = max(_CACHE_BYTES, min(config.max_seq_len * size, _memory(device) // 2))
+    count = min(batch * config.max_seq_len, memory // size)
+    cut = count < config.max_seq_len
+    told = f"less than a context of {config.max_seq_len:,}: Engine(tokens=...)" if cut else f"{batch} texts at a time"
+    log.log(INFO if cut else DEBUG, "cache: %s tokens in %.1f GB (%s)", f"{count:,}", count * size / 2**30, told)
+    return count
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes. All there is on a CPU, where a cache takes only what it uses."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _result(samples: list[Sample]) -> Result:

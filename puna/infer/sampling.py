@@ -37,7 +37,8 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these ids."""
     seed: int = 0
-    """Same seed and prompt, same answer, whoever else is served. Sample i of n has the seed `seed + i`."""
+    """Same seed and prompt, same answer, whoever else is served (in bf16 up to rounding). Sample i of n has the seed
+    `seed + i`."""
     n: int = 1
     """Samples of the prompt."""
     stop_ids: Sequence[int] = ()
