@@ -163,7 +163,7 @@ class Llama:
         name = None if adapter is None else self._adapter(adapter)
         seeds = range(options.seed, options.seed + len(prompts) * options.n, options.n)
         asked = [Request(p, replace(options, seed=seed), name) for p, seed in zip(prompts, seeds, strict=True)]
-        self.engine.speculation = None if speculate is None else self.speculation(speculate)
+        guessing = None if speculate is None else self.speculation(speculate)
         first = self.engine.added
 
         def show(event: Event) -> None:
@@ -172,10 +172,10 @@ class Llama:
                     on_token(token)
 
         try:
-            return self.engine.run(asked, show)
+            return self.engine.run(asked, show, speculate=guessing)
         finally:
-            if len(asked) > 1:
-                self.engine.release()
+            if len(asked) > 1 and not self.engine.busy:  # somebody else's requests may be open
+                self._release()
 
     @cached_property
     def engine(self) -> Engine:
@@ -193,6 +193,11 @@ class Llama:
         if by not in self._speculations:
             self._speculations[by] = Speculation(self._proposer(by))
         return self._speculations[by]
+
+    def _release(self) -> None:
+        self.engine.release()
+        for each in self._speculations.values():
+            each.proposer.release()
 
     def _proposer(self, by: str) -> Proposer:
         if by == "lookup":
