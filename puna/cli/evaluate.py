@@ -14,7 +14,7 @@ from puna.errors import DataError, UsageError
 _TASKS = (
     'Names of `puna ls tasks`, olmes:TASK/FORM, requests.jsonl; reasoning-gym: a,b or "{chain_sum: {max_terms: 2}}".'
 )
-_RUN_CODE = "Run the code the model writes, confined; humaneval needs it."
+_RUN_CODE = "Run the code the model writes; humaneval needs it. Confined: your files can be read, nothing leaves."
 
 
 def register(app: typer.Typer) -> None:
