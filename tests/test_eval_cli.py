@@ -49,6 +49,8 @@ def test_scores_gains_answers_and_contamination(models: Path, shards: Path) -> N
     assert set(row["metrics"]) == {"acc", "acc_norm", "acc_bytes", "bits_per_byte"}
     assert all(each["low"] <= each["value"] <= each["high"] for each in row["metrics"].values())
     assert all(each["definition"] for each in row["metrics"].values())
+    made = {"model": "a", "dtype": "float32", "seed": 1234, "cut": 0}
+    assert {name: row[name] for name in made} == made
     answers = [json.loads(line) for line in (models / "answers/piqa.jsonl").read_text().splitlines()]
     assert len(answers) == 8
     assert sum(answer["acc"] for answer in answers) / 8 == row["metrics"]["acc"]["value"]
@@ -118,3 +120,5 @@ def test_lm_eval_runs_on_it(llama: Llama) -> None:
     written = lm.generate_until([asked("generate_until", *each) for each in prompts])
     alone = [lm.generate_until([asked("generate_until", *each)])[0] for each in prompts]
     assert written == alone
+    sampled = ("The llama", {"until": [], "temperature": 1.0, "do_sample": True})
+    assert len({*lm.generate_until([asked("generate_until", *sampled)] * 8)}) > 1  # repeats are no copies

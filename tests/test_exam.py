@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_model import BASE, build
 
-from puna.errors import DataError
+from puna.errors import DataError, UsageError
 from puna.eval import shapes
 from puna.eval.exam import prepare, sit
 from puna.eval.metrics import gained, measure, of_choices, of_numbers, of_one, of_passed
@@ -270,6 +270,46 @@ def test_writing_ends_before_stop_strings(llama: Llama) -> None:
         reader.write(["The llama", "The llama"], Sampling(max_tokens=12, stop=(stop,))) == [[free.split(stop)[0]]] * 2
     )
     assert len(reader.write(["stars " * 90], Sampling(max_tokens=3, n=2, temperature=1.0))[0]) == 2
+
+
+def test_what_is_cut_is_counted(llama: Llama) -> None:
+    """A prompt that has lost its question, or all but one token, scores as if it had been asked."""
+    reader = Reader(llama)
+    reader.likelihoods([("The llama", " grazes"), ("stars " * 80, "count")])
+    assert reader.cut == 1
+    reader.write(["stars " * 90, "stars"], Sampling(max_tokens=4))
+    assert reader.cut == 2
+    with pytest.raises(UsageError, match="answers of 64 tokens leave no room"):
+        reader.write(["The llama"], Sampling(max_tokens=64))
+
+
+def test_a_prompt_asked_again_is_sampled_again(llama: Llama) -> None:
+    """Eight repeats of a question with one seed are one sample, told as eight."""
+    reader, sampling = Reader(llama), Sampling(max_tokens=8, temperature=1.0, seed=3, n=2)
+    written = reader.write(["The llama"] * 4, sampling)
+    assert len({text for texts in written for text in texts}) == 8
+    assert written == reader.write(["The llama"] * 4, sampling)
+
+
+def requests(folder: Path, *rows: dict[str, Any]) -> Path:
+    """A file of one document's answers."""
+    file = folder / "requests.jsonl"
+    asked = ({"doc_id": 0, "request": {"context": "Q", "continuation": f" {row['idx']}"}, **row} for row in rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    return file
+
+
+def test_labels_and_the_order_of_requests(tmp_path: Path) -> None:
+    """A label written as text becomes answer 0, rows in another order make another answer right, without a word."""
+    rows = [{"idx": i, "label": "2"} for i in (2, 0, 1)]
+    [question] = read_requests(requests(tmp_path, *rows)).questions
+    assert question.continuations == (" 0", " 1", " 2")
+    assert question.gold == 2
+    for label in (3, -1, "B", None, [0]):
+        with pytest.raises(DataError, match="request 0 has the label"):
+            read_requests(requests(tmp_path, *({**row, "label": label} for row in rows)))
+    with pytest.raises(DataError, match="3 answers, and 1 of them without"):
+        read_requests(requests(tmp_path, *rows, {"doc_id": 1_000_000, "idx": 0, "label": 0}))
 
 
 def test_an_exam_from_rows_to_marks(llama: Llama, tmp_path: Path) -> None:

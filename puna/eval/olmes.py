@@ -56,14 +56,27 @@ def read_requests(file: Path, limit: int | None = None) -> Asked:
 
 def _question(number: int, rows: list[Mapping[str, Any]], alone: Iterable[Mapping[str, Any]], file: Path) -> Question:
     try:
+        rows, alone = (sorted(each, key=lambda row: int(row.get("idx", 0))) for each in (rows, alone))
         asked = [row["request"] for row in rows]
-        label = rows[0].get("label")
+        if alone and len(alone) != len(rows):
+            what = f"request {number} has {len(rows)} answers, and {len(alone)} of them without the question"
+            raise DataError(what, where=file, fix="a whole file")
         return Question(
             str(rows[0].get("native_id", number)),
             tuple(each["context"] for each in asked),
             tuple(each["continuation"] for each in asked),
-            gold=label if isinstance(label, int) and len(asked) > 1 else 0,
+            gold=_gold(rows[0].get("label"), len(asked), number, file),
             alone=tuple(row["request"]["context"] for row in alone),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"request {number} has no {error}", where=file, fix="likelihood requests") from None
+
+
+def _gold(label: Any, answers: int, number: int, file: Path) -> int:
+    """Which answer is right; of one answer alone that is the one, whatever its label."""
+    if answers == 1:
+        return 0
+    if not str(label).isdecimal() or int(label) >= answers:
+        raise DataError(f"request {number} has the label {label!r} for {answers} answers", where=file,
+                        fix="the place of the right answer, from 0")  # fmt: skip
+    return int(label)
