@@ -66,6 +66,7 @@ def test_scores_gains_answers_and_contamination(models: Path, shards: Path) -> N
 
 def test_mistakes_are_told(models: Path) -> None:
     """A name with a slip, code that nobody allowed, data that is not there: what to type, before a model is loaded."""
+    piqa = ("--tasks", "piqa", "--data", ".")
     cases = {
         ("--tasks", "pika"): (2, "no task `pika`; did you mean `piqa`?"),
         ("--tasks", "humaneval", "--data", "."): (2, "--run-code"),
@@ -74,12 +75,34 @@ def test_mistakes_are_told(models: Path) -> None:
         ("--tasks", "piqa", "--data", "nowhere"): (3, "no such folder"),
         ("--tasks", "piqa", "--data", ".", "--samples", "4"): (2, "--temperature"),
         ("--tasks", "none.jsonl"): (3, "none.jsonl"),
+        ("--tasks", "arc_agi,arc_easi"): (2, "no task `arc_easi`; did you mean `arc_easy`?"),
+        (*piqa, "--shards", "nowhere"): (3, "no token shards here"),
+        (*piqa, "--output", "piqa_validation.jsonl"): (2, "piqa_validation.jsonl"),
+        ("--tasks", "arc_agi", "--output", "x"): (2, "--output does nothing for arc_agi"),
+        ("--tasks", "arc_agi", "--shards", "x"): (2, "--shards does nothing for arc_agi"),
+        (*piqa, "--samples", "4", "--temperature", "1"): (2, "--samples does nothing for piqa"),
     }
     for done, (code, part) in zip(
         puna_forked([["eval", "none", *w] for w in cases], models), cases.values(), strict=True
     ):
         assert (done.returncode, part in done.stderr) == (code, True), done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_both_models_read_the_text(models: Path) -> None:
+    """A second model that is loaded, and then left out of what was asked."""
+    (models / "text.txt").write_text("The llama grazes in the puna.")
+    asked = ["eval", "a", "--against", "b", "--text", "text.txt", "--dtype", "fp32", "--json"]
+    [done] = puna_forked([asked], models)
+    assert [row["model"] for row in json.loads(done.stdout)] == ["a", "b"]
+
+
+def test_no_room_is_told_before_the_first_exam(models: Path) -> None:
+    """Ids of an answer that leave one token of the question, found out after hours of other tasks."""
+    (models / "gsm8k_test.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}))
+    [done] = puna_forked([["eval", "a", "--tasks", "piqa,gsm8k", "--data", ".", "--dtype", "fp32"]], models)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "answers of 256 tokens leave no room" in done.stderr
 
 
 def test_tasks_are_listed(tmp_path: Path) -> None:

@@ -16,6 +16,18 @@ Progress = Callable[[int], None]
 _AT_ONCE = 256  # texts between two reports of progress: what neighbours share is still in the cache
 
 
+def room_for(max_tokens: int, max_seq_len: int) -> int:
+    """How many ids of a question a model can read before an answer of `max_tokens`.
+
+    Raises:
+        UsageError: none.
+    """
+    if max_tokens >= max_seq_len:
+        raise UsageError(f"answers of {max_tokens} tokens leave no room for a question",
+                         cause=f"the model reads {max_seq_len}", fix=f"--max-tokens {max_seq_len // 2}")  # fmt: skip
+    return max_seq_len - max_tokens
+
+
 class Reader:
     """Reads and writes with the model of `llama`.
 
@@ -59,12 +71,9 @@ class Reader:
         again is sampled again.
 
         Raises:
-            UsageError: so many new ids that no prompt has room before them.
+            UsageError: see `room_for`.
         """
-        room = self.max_seq_len - sampling.max_tokens
-        if room < 1:
-            raise UsageError(f"answers of {sampling.max_tokens} tokens leave no room for a question",
-                             cause=f"the model reads {self.max_seq_len}", fix="fewer --max-tokens")  # fmt: skip
+        room = room_for(sampling.max_tokens, self.max_seq_len)
         rows = self.encoder.batch(prompts)
         self.encoder.cut += sum(len(ids) > room for ids in rows)
         asked = replace(sampling, stop_ids=(*sampling.stop_ids, *self.stop_ids))

@@ -33,15 +33,24 @@ def gain_over(marks: Marks, other: Marks) -> dict[str, Any]:
     return {"metric": found.metric, **interval(found)}
 
 
-def contamination(marks: Marks, shards: Path, tokenizer: Tokenizer, n: int) -> dict[str, Any]:
-    """How much of the questions (with the right answers) lies in the shards, and the scores of Llama 2's subsets.
+def check_shards(shards: Path, tokenizer: Tokenizer) -> None:
+    """Raise for what `contamination` could not read.
 
     Raises:
-        DataError: the ids of the shards are those of another tokenizer.
+        DataError: no shards, or their ids are those of another tokenizer.
     """
     if tokenizer_of_shards(shards) != tokenizer.fingerprint:
         raise DataError("ids of another tokenizer", where=shards, cause="shards of another model",
                         fix="the shards this model was trained on")  # fmt: skip
+
+
+def contamination(marks: Marks, shards: Path, tokenizer: Tokenizer, n: int) -> dict[str, Any]:
+    """How much of the questions (with the right answers) lies in the shards, and the scores of Llama 2's subsets.
+
+    Raises:
+        DataError: see `check_shards`.
+    """
+    check_shards(shards, tokenizer)
     shares = contaminated(tokenizer.encode_batch([each.plain.solved for each in marks.answers]), shards, n)
     sets = {}
     for name, places in subsets(shares).items():
