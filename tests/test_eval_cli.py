@@ -10,6 +10,7 @@ import torch
 from command_line import puna_forked
 from test_model import BASE, build
 
+from puna.data.shards import ShardWriter, write_index
 from puna.errors import UsageError
 from puna.eval.harness import as_lm, sampling_of
 from puna.eval.pairs import Encoder
@@ -87,6 +88,30 @@ def test_mistakes_are_told(models: Path) -> None:
     ):
         assert (done.returncode, part in done.stderr) == (code, True), done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_planted_questions_are_found(llama: Llama, models: Path) -> None:
+    """Words of the template, or of other questions' examples, that stand for what was trained on."""
+    folder = models / "planted"
+    folder.mkdir()
+    goals = [
+        "Llamas walk over the high plain at dawn",
+        "How does a fox hide from the rain in winter",
+        "Far below the condors somebody is mending a roof",
+        "To keep toads away, water the garden before noon",
+    ]
+    rows = [{"goal": goal, "sol1": f"rest {i}", "sol2": f"graze {i}", "label": 1} for i, goal in enumerate(goals)]
+    (folder / "piqa_validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    writer = ShardWriter(folder, "train", llama.tokenizer.vocab_size)
+    for number, text in enumerate([f"{goals[1]} graze 1", f"Question: {'Question: Answer: ' * 9}\nAnswer: rest"]):
+        writer.add(llama.tokenizer.encode(text), f"{number}.txt", 1)
+    write_index(folder, [writer], llama.tokenizer.fingerprint)
+    asked = ["eval", "a", "--tasks", "piqa", "--data", folder, "--shots", "2", "--shards", folder, "--dtype", "fp32"]
+    [done] = puna_forked([[*asked, "--ngram", "12", "--json"]], models)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)[0]["contamination"]
+    assert (found["touched"], found["subsets"]["dirty"]["n"], found["subsets"]["clean"]["n"]) == (0.25, 1, 3)
+    assert found["tokens"] == 0.25  # all of the one question
 
 
 def test_both_models_read_the_text(models: Path) -> None:

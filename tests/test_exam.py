@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -75,6 +76,8 @@ def test_prompts(name: str) -> None:
     question = TASKS[name].shape(row)
     assert set(question.contexts) == {context}
     assert (list(question.continuations), question.gold) == (continuations, gold)
+    assert question.raw  # without it nothing can be found in training data
+    assert not re.search(r"Question:|Answer:|\b[AB]\. ", question.raw)
 
 
 def test_winogrande_fills_the_blank() -> None:
@@ -326,7 +329,7 @@ def test_an_exam_from_rows_to_marks(llama: Llama, tmp_path: Path) -> None:
         totals = [plainly(llama, *pair)[0] for pair in pairs]
         assert answer.told["logprobs"] == pytest.approx(totals, abs=1e-9)
         assert answer.told["answer"] == answer.question.continuations[totals.index(max(totals))]
-        assert answer.row(0)["right"] == answer.plain.continuations[answer.plain.gold]
+        assert answer.row(0)["right"] == answer.question.continuations[answer.question.gold]
 
 
 def test_data_that_is_not_there(tmp_path: Path) -> None:
@@ -334,7 +337,7 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"arc_easy_test\.jsonl"):
         prepare("arc_easy", tmp_path)
     (tmp_path / "piqa.jsonl").write_text('{"goals": "x"}\n')
-    with pytest.raises(DataError, match="KeyError 'goal'; it has goals"):
+    with pytest.raises(DataError, match="KeyError 'sol1'; it has goals"):
         prepare("piqa", tmp_path)
     (tmp_path / "piqa.jsonl").write_text('{"goal": \n')
     with pytest.raises(DataError, match="damaged"):

@@ -37,7 +37,6 @@ class Answered:
     """A question with what was answered and what that is worth."""
 
     question: Question
-    plain: Question
     values: Values
     told: dict[str, Any]
     """The answer, as it is written to a file."""
@@ -102,8 +101,7 @@ def sit(exam: Exam, reader: Reader, sampling: Sampling | None = None) -> Marks:
         judged = [(of_one(q, f), {"logprob": f.total}) for q, f in zip(questions, found, strict=True)]
     else:
         judged = _written(exam, reader, sampling)
-    rows = zip(questions, exam.asked.plain, judged, strict=True)
-    answers = [Answered(q, plain, values, told) for q, plain, (values, told) in rows]
+    answers = [Answered(q, values, told) for q, (values, told) in zip(questions, judged, strict=True)]
     return Marks(exam, answers, reader.cut - cut, {**reader.about, **_drawn(exam, sampling)})
 
 

@@ -51,7 +51,7 @@ def contamination(marks: Marks, shards: Path, tokenizer: Tokenizer, n: int) -> d
         DataError: see `check_shards`.
     """
     check_shards(shards, tokenizer)
-    shares = contaminated(tokenizer.encode_batch([each.plain.solved for each in marks.answers]), shards, n)
+    shares = contaminated(tokenizer.encode_batch([each.question.raw for each in marks.answers]), shards, n)
     sets = {}
     for name, places in subsets(shares).items():
         sets[name] = {"n": len(places)}
