@@ -1,8 +1,10 @@
 """`puna eval` on sets of questions, as a user types it; lm-eval's view of a model."""
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,6 +146,18 @@ def test_settings_of_lm_eval() -> None:
     assert sampling_of({"temperature": 0.7, "top_p": 0.9}).temperature == 0.7
     with pytest.raises(UsageError, match="num_beams"):
         sampling_of({"num_beams": 4})
+
+
+def test_repeats_and_begun_answers(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeats of a request that are copies; an answer the task has begun, closed and asked for anew."""
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.api", ModuleType("lm_eval.api"))
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", SimpleNamespace(LM=object))
+    lm = as_lm(llama, max_gen_toks=5)
+    request = SimpleNamespace(args=("The llama", {"until": [], "temperature": 1.0, "do_sample": True}))
+    assert len({*lm.generate_until([request] * 8)}) == 8
+    with pytest.raises(UsageError, match="an answer that the task begins"):
+        lm.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=False)
 
 
 def test_lm_eval_runs_on_it(llama: Llama) -> None:
