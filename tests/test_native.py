@@ -4,7 +4,9 @@ import copy
 import ctypes
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +95,50 @@ def test_rows_are_rounded_as_torch_rounds_them(kernels: Native) -> None:
     weight = Packed(torch.eye(96, dtype=torch.int8), torch.ones(96, 1), bits=8, group=96, activations="int8")
     whole, scale = quantize_rows(x)
     assert torch.equal(packed_linear(x, weight), whole * scale)
+
+
+@pytest.mark.parametrize("kind", ["int8-dynamic", "int4-dynamic", "int4-min-dynamic"])
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_what_is_not_finite_stays_so(kernels: Native, kind: str, bad: str) -> None:
+    """A NaN was rounded away: a model that had gone wrong went on with numbers."""
+    for group in (32, 96):
+        for dtype in (torch.float32, torch.bfloat16):
+            weight = packed(37, 96, kind, group)
+            x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+            x[1, 40] = float(bad)
+            found, wanted = packed_linear(x, weight), packed_linear_eager(x, weight)
+            assert wanted[1].isnan().all()
+            assert found[1].isnan().all()
+            assert distance(found[::2], wanted[::2]) < TOLERANCE[dtype]
+
+
+def test_threads_and_memory_that_are_not_there(kernels: Native) -> None:
+    """A helper thread that could not start ended the process; so did memory that ran out amid a kernel."""
+    code = f"""
+import resource, torch
+from puna.errors import ResourceError
+from puna.ops import packed
+from puna.ops.native.library import load
+packed.native = lambda library=load({LEVELS[kernels.level]!r}): library
+torch.set_num_threads(1)
+weight = packed.Packed(torch.ones(512, 4096, dtype=torch.int8), torch.ones(512, 1), None, 8, 4096, None, "int8")
+x, many, room = torch.ones(2, 4096), torch.ones(8192, 4096), torch.ones(20 << 20, dtype=torch.uint8)
+packed.packed_linear(x, weight)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (6 << 20), -1))
+torch.set_num_threads(3)
+assert bool((packed.packed_linear(x, weight) == 4096).all())
+try:
+    del room  # as much as the output takes
+    packed.packed_linear(many, weight)
+except ResourceError as error:
+    print(error.what)
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+assert bool((packed.packed_linear(x, weight) == 4096).all())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "memory ran out in a native kernel\n"
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "float32")])
@@ -187,18 +233,71 @@ def test_weights_that_moved_are_read_where_they_are(kernels: Native, model: Tran
     assert use_native(copy.deepcopy(model))  # addresses are not copied with a model
 
 
-def test_what_is_hooked_or_replaced_is_called(kernels: Native, model: Transformer) -> None:
-    """A layer that is something else now (an adapter, a probe) must not be passed by."""
+@pytest.mark.parametrize("place", ["1", "1.mlp", "1.mlp.up_proj", "0.self_attn.q_proj", "0.input_layernorm"])
+def test_what_is_hooked_or_replaced_is_called(kernels: Native, model: Transformer, place: str) -> None:
+    """A module that is something else now (an adapter, a probe) was passed by, and other text written."""
     use_native(model)
-    texts(model, 1)
-    handle = model.layers[1].mlp.up_proj.register_forward_hook(lambda module, given, out: out * 2)
+    before, _ = texts(model, 2)
+    module = model.layers.get_submodule(place)
+    handle = module.register_forward_hook(lambda module, given, out: out * 0)
     wanted, found = texts(model, 2)
-    assert found == wanted
+    assert found == wanted != before
     handle.remove()
-    model.layers[0].self_attn.q_proj = torch.nn.Sequential(model.layers[0].self_attn.q_proj)
+    wanted, found = texts(model, 2)
+    assert found == wanted == before
+    assert on_models._weights(model) is not None
+    parent, _, name = place.rpartition(".")
+    setattr(model.layers.get_submodule(parent), name, torch.nn.Sequential(module) if parent else Twice(module))
     assert on_models._weights(model) is None
     wanted, found = texts(model, 2)
     assert found == wanted
+
+
+class Twice(torch.nn.Module):
+    """A block that adds what it adds twice."""
+
+    def __init__(self, block: torch.nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return 2 * self.block(x, *rest) - x
+
+
+def test_modules_that_hold_no_tensor_are_watched(kernels: Native, model: Transformer) -> None:
+    """Hooks on the attention (which nobody calls) and on all modules of a process are hooks, too."""
+    use_native(model)
+    texts(model, 1)
+    for register in (
+        model.layers[0].self_attn.register_forward_pre_hook,
+        torch.nn.modules.module.register_module_forward_hook,
+        torch.nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(lambda *given: None)
+        assert on_models._weights(model) is None
+        handle.remove()
+        assert on_models._weights(model) is not None
+
+
+def test_packed_tensors_that_are_replaced_are_read(kernels: Native, model: Transformer) -> None:
+    """`load_state_dict(assign=True)` with other scales changed the buffer and not the output."""
+    layer = model.layers[0].mlp.up_proj = PackedLinear(packed(160, 96, "int4-min"))
+    use_native(model)
+    texts(model, 1)
+    for name, factor in (("scales", 2), ("mins", -3)):
+        changed = layer.state_dict()
+        changed[name] = changed[name] * factor
+        layer.load_state_dict(changed, assign=True)
+        x = torch.randn(1, 96, generator=torch.Generator().manual_seed(0))
+        assert distance(layer(x), F.linear(x, layer.weight)) < 1e-6
+        wanted, found = texts(model, 2)
+        assert found == wanted
+
+
+def test_a_table_meets_rounded_activations_in_torch(kernels: Native) -> None:
+    """The kernels add whole codes up for int8 activations: a table was taken for none."""
+    weight, x = replace(packed(37, 96, "nf4"), activations="int8"), torch.randn(2, 96)
+    assert torch.equal(packed_linear(x, weight), packed_linear_eager(x, weight))
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

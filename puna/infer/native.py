@@ -10,16 +10,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
 from puna.infer.paged_cache import StepCache
-from puna.model.transformer import Block, Linear, Transformer
+from puna.model.transformer import MLP, Attention, Block, Linear, Transformer
 from puna.ops.linear import linear
 from puna.ops.native import library
 from puna.ops.native.block import forward
 from puna.ops.native.library import Native, native
 from puna.ops.native.linear import DTYPES, plain_weight, takes
+from puna.ops.norm import RMSNorm
 from puna.ops.packed import Packed
-from puna.ops.packed_layers import PackedLinear
+from puna.ops.packed_layers import TENSORS, PackedLinear
 from puna.ops.rope import rope_tables
 
 FEW_TOKENS = 32
@@ -91,7 +93,7 @@ class _Weights:
     def __init__(self, model: Transformer):
         self._same: list[tuple[dict[str, Any], str, object]] = []
         self._places: list[tuple[Tensor, int]] = []
-        self._hooks: list[dict[Any, Any]] = []
+        self._hooks: list[dict[Any, Any]] = [every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
         self._kept: list[Packed] = []
         made = [self._block(model.layers, name) for name in model.layers._modules]
         whole = [block for block in made if block is not None]
@@ -112,11 +114,13 @@ class _Weights:
         if type(block) is not Block:
             return None
         attention, mlp = self._child(block, "self_attn"), self._child(block, "mlp")
+        norms = [self._child(block, name) for name in ("input_layernorm", "post_attention_layernorm")]
+        if [type(part) for part in (attention, mlp, *norms)] != [Attention, MLP, RMSNorm, RMSNorm]:
+            return None
         named = [(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
         named += [(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
         linears = [self._linear(self._child(part, name)) for part, name in named]
-        norms = [self._child(block, name) for name in ("input_layernorm", "post_attention_layernorm")]
-        first, second = (self._tensor(norm, norm._parameters, "weight") for norm in norms)
+        first, second = (self._tensor(norm._parameters, "weight") for norm in norms)
         known = [weight for weight in linears if weight is not None]
         if len(known) < len(linears) or first.dtype != second.dtype or first.dtype not in DTYPES:
             return None
@@ -125,10 +129,10 @@ class _Weights:
 
     def _linear(self, layer: nn.Module) -> library.Weight | None:
         if type(layer) is Linear:
-            return plain_weight(self._tensor(layer, layer._parameters, "weight"))
+            return plain_weight(self._tensor(layer._parameters, "weight"))
         if type(layer) is not PackedLinear:
             return None
-        self._tensor(layer, layer._buffers, "codes")
+        self._same += [(layer._buffers, name, layer._buffers[name]) for name in TENSORS]
         self._kept.append(layer.packed)
         return layer.packed.native
 
@@ -136,11 +140,11 @@ class _Weights:
         child = parent._modules[name]
         assert child is not None
         self._same.append((parent._modules, name, child))
+        self._hooks += [child._forward_hooks, child._forward_pre_hooks]
         return child
 
-    def _tensor(self, module: nn.Module, names: Any, name: str) -> Tensor:
+    def _tensor(self, names: Any, name: str) -> Tensor:
         tensor = names[name]
         self._same.append((names, name, tensor))
         self._places.append((tensor, tensor.data_ptr()))
-        self._hooks += [module._forward_hooks, module._forward_pre_hooks]
         return tensor

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from puna.ops.linear import FEW_ROWS
 from puna.ops.native import linear as by_native
 from puna.ops.native.library import KINDS, Native, Weight, native
+from puna.ops.nibbles import unpack_nibbles
 
-_RUN = 32  # weights whose nibbles are interleaved, as in GGUF's blocks
 _TILE = 2**20  # weights dequantized at once for many rows: 2 MB of bf16 stay in the cache
 Activations = Literal["float", "int8"]
 
@@ -68,22 +68,12 @@ class Packed:
             return None
         if self.group % 32 and self.group != self.shape[1]:
             return None
+        if self.table is not None and (self.activations == "int8" or self.table.dtype != torch.float32):
+            return None
         kind = KINDS["int4" if self.bits == 4 else "int8"]
         half, dynamic = self.scales.dtype == torch.float16, self.activations == "int8"
         pointers = (None if t is None else t.data_ptr() for t in tensors)
         return Weight(*pointers, *self.shape, self.group, kind, half, dynamic)
-
-
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """(out, in) of 0..15 -> (out, in / 2) uint8; in is whole runs of 32."""
-    low, high = codes.to(torch.uint8).view(len(codes), -1, 2, _RUN // 2).unbind(2)
-    return (low | high << 4).flatten(1)
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """The inverse of `pack_nibbles`: (out, in / 2) uint8 -> (out, in) uint8."""
-    runs = packed.view(len(packed), -1, _RUN // 2)
-    return torch.stack((runs & 15, runs >> 4), 2).flatten(1)
 
 
 def dequantize(packed: Packed) -> Tensor:

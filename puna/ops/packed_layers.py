@@ -1,13 +1,13 @@
 """Layers over packed weights, in the places of `Linear` and `nn.Embedding`. Frozen: their codes take no gradient."""
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from puna.ops.packed import Packed, dequantize, packed_linear
 
-_TENSORS = ("codes", "scales", "mins", "table")
+TENSORS = ("codes", "scales", "mins", "table")
+"""The parts of a `Packed`, and the buffers of a layer."""
 
 
 class _PackedLayer(nn.Module):
@@ -19,15 +19,16 @@ class _PackedLayer(nn.Module):
         super().__init__()
         self._kind: dict[str, Any] = {name: getattr(packed, name) for name in ("bits", "group", "activations")}
         self._packed: Packed | None = packed
-        for name in _TENSORS:
+        for name in TENSORS:
             self.register_buffer(name, getattr(packed, name))
 
     @property
     def packed(self) -> Packed:
         """The weight as it lies: one object while its tensors are the same, since kernels keep their places in it."""
-        if self._packed is None:
-            self._packed = Packed(**{name: getattr(self, name) for name in _TENSORS}, **self._kind)
-        return self._packed
+        packed = self._packed
+        if packed is None or any(self._buffers[name] is not getattr(packed, name) for name in TENSORS):
+            packed = self._packed = Packed(**{name: getattr(self, name) for name in TENSORS}, **self._kind)
+        return packed
 
     @property
     def weight(self) -> Tensor:
@@ -41,11 +42,10 @@ class _PackedLayer(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self._packed = None
         return super()._apply(move, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has other tensors."""
+        """A copy has other tensors; and where they lie in memory cannot be copied."""
         return {**self.__dict__, "_packed": None}
 
 
@@ -69,15 +69,9 @@ class PackedEmbedding(_PackedLayer):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) int64 -> (..., dim) fp32."""
-        return dequantize(packed_rows(self.packed, tokens.flatten())).view(*tokens.shape, -1)
+        return dequantize(self.packed.rows(tokens.flatten())).view(*tokens.shape, -1)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedEmbedding]:
     """The layers of a model that are packed, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear | PackedEmbedding)}
-
-
-def packed_rows(packed: Packed, index: Tensor) -> Packed:
-    """Some rows of a weight, in another order or repeated; `index` is int64."""
-    mins = None if packed.mins is None else packed.mins[index]
-    return replace(packed, codes=packed.codes[index], scales=packed.scales[index], mins=mins)

@@ -19,7 +19,6 @@ from puna.errors import CheckpointError
 from puna.lineage import parse_lineage
 from puna.model.config import ModelConfig, RopeScaling
 from puna.ops.packed import Packed
-from puna.ops.packed_layers import packed_rows
 from puna.tokenizer.gguf_vocab import vocab_files
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -119,7 +118,7 @@ def _weight(file: Gguf, name: str, config: ModelConfig) -> Weight:
     def packed() -> Packed:
         weight = unpacked_blocks(file.raw(name), kind, file.shape(name))
         rows = to_halves(torch.arange(len(weight.codes)), config.head_dim) if rotated else None
-        return weight if rows is None else packed_rows(weight, rows)
+        return weight if rows is None else weight.rows(rows)
 
     def read() -> torch.Tensor:
         if dtype is None:

@@ -13,7 +13,8 @@ static inline const char* behind(const void* x, bool bf16, int64_t count) {
 }
 
 // The query heads of one key/value head of one token: scores of all it sees, softmax, the sum of values.
-static void attend_head(const Pool& pool, bool bf16, int64_t row, int64_t kv, const float* q, float* scores, float* out) {
+static void attend_head(const Pool& pool, bool bf16, int64_t row, int64_t kv, const float* q, float* scores,
+                        float* out) {
     int64_t dim = pool.head_dim, group = pool.heads / pool.kv_heads, length = pool.lengths[row];
     int64_t room = (length + LANES - 1) / LANES * LANES;
     auto place = [&](int64_t s) {  // where token s lies in the pool, in elements
@@ -25,7 +26,8 @@ static void attend_head(const Pool& pool, bool bf16, int64_t row, int64_t kv, co
         for (int64_t s = start; s < stop; s++, at += dim)
             for (int64_t g = 0; g < group; g++) {
                 Lanes product{};
-                for (int64_t d = 0; d < dim; d += LANES) product += load(q + g * dim + d) * load_any(pool.keys, bf16, at + d);
+                for (int64_t d = 0; d < dim; d += LANES)
+                    product += load(q + g * dim + d) * load_any(pool.keys, bf16, at + d);
                 scores[g * room + s] = sum(product);
             }
     }

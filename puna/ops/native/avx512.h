@@ -67,7 +67,8 @@ static Rows rows_of(const Weight& w, int64_t o, int64_t to, int64_t row_bytes, f
 // Fetches the part of the next tile that is as far in as `at` bytes of this one. Four rows read side by side are
 // streams too short for the CPU to notice: without this a tile gets half of the bandwidth.
 template <int LINES> static inline void fetch(const Rows& w, int64_t at) {
-    for (int line = 0; line < LINES; line++) _mm_prefetch(reinterpret_cast<const char*>(w.next + at + 64 * line), _MM_HINT_T0);
+    for (int line = 0; line < LINES; line++)
+        _mm_prefetch(reinterpret_cast<const char*>(w.next + at + 64 * line), _MM_HINT_T0);
 }
 
 // Where a tile's sums go, the mins' part added: the min of 32 weights times the sum of their activations.
@@ -236,7 +237,8 @@ static Input prepare(const Weight& w, const void* x, bool bf16, int64_t rows, Sc
         int8_t lift = four ? (w.mins ? 0 : -8) : -128;
         for (int64_t c = 0; c < rows * width / 64; c++) {
             // Unsigned times signed once more: 1 * x, and then times what the codes are lifted by.
-            __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_load_si512(whole + 64 * c));
+            __m512i given = _mm512_load_si512(whole + 64 * c);
+            __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), given);
             _mm512_store_si512(input.offsets + c, _mm512_mullo_epi32(sums, _mm512_set1_epi32(lift)));
         }
         input.whole = whole;
@@ -246,7 +248,8 @@ static Input prepare(const Weight& w, const void* x, bool bf16, int64_t rows, Sc
     if (!four && bf16) input.half = static_cast<const Half*>(x);
     if (four && bf16) {
         Half* half = scratch.take<Half>(rows * width);
-        for (int64_t r = 0; r < rows; r++) in_order(static_cast<const Half*>(x) + r * w.in, w.in, true, half + r * width);
+        for (int64_t r = 0; r < rows; r++)
+            in_order(static_cast<const Half*>(x) + r * w.in, w.in, true, half + r * width);
         input.half = half;
     }
     return input;
@@ -275,21 +278,22 @@ static __m512i table_of(const Weight& w) {
 
 // y[r * stride + o] for o in [from, to).
 static void linear(const Weight& w, const Input& x, int64_t from, int64_t to, float* y, int64_t stride) {
+    auto by = [&](int64_t row_bytes, auto&& tile) { tiles(w, x, from, to, row_bytes, tile); };
     if (w.dynamic && w.kind == INT4)
-        tiles(w, x, from, to, w.in / 2, [&]<int R>(const Rows& rows, int64_t row) { dynamic_tile<R, true, false>(rows, x, row, y, stride); });
+        by(w.in / 2, [&]<int R>(const Rows& rows, int64_t r) { dynamic_tile<R, true, false>(rows, x, r, y, stride); });
     else if (w.dynamic && w.group == w.in)
-        tiles(w, x, from, to, w.in, [&]<int R>(const Rows& rows, int64_t row) { dynamic_tile<R, false, true>(rows, x, row, y, stride); });
+        by(w.in, [&]<int R>(const Rows& rows, int64_t r) { dynamic_tile<R, false, true>(rows, x, r, y, stride); });
     else if (w.dynamic)
-        tiles(w, x, from, to, w.in, [&]<int R>(const Rows& rows, int64_t row) { dynamic_tile<R, false, false>(rows, x, row, y, stride); });
+        by(w.in, [&]<int R>(const Rows& rows, int64_t r) { dynamic_tile<R, false, false>(rows, x, r, y, stride); });
     else if (w.kind == INT8 && x.half)
-        tiles(w, x, from, to, w.in, [&]<int R>(const Rows& rows, int64_t row) { int8_tile<R, true>(rows, x, row, y, stride); });
+        by(w.in, [&]<int R>(const Rows& rows, int64_t r) { int8_tile<R, true>(rows, x, r, y, stride); });
     else if (w.kind == INT8)
-        tiles(w, x, from, to, w.in, [&]<int R>(const Rows& rows, int64_t row) { int8_tile<R, false>(rows, x, row, y, stride); });
+        by(w.in, [&]<int R>(const Rows& rows, int64_t r) { int8_tile<R, false>(rows, x, r, y, stride); });
     else if (w.kind == BFLOAT16 && x.half)
-        tiles(w, x, from, to, w.in * 2, [&]<int R>(const Rows& rows, int64_t row) { bf16_tile<R>(rows, x, row, y, stride); });
+        by(w.in * 2, [&]<int R>(const Rows& rows, int64_t r) { bf16_tile<R>(rows, x, r, y, stride); });
     else if (w.kind == INT4 && x.half) {
         __m512i table = table_of(w);
-        tiles(w, x, from, to, w.in / 2, [&]<int R>(const Rows& rows, int64_t row) { int4_tile<R>(rows, x, row, table, y, stride); });
+        by(w.in / 2, [&]<int R>(const Rows& rows, int64_t r) { int4_tile<R>(rows, x, r, table, y, stride); });
     } else
         linear_plain(w, x, from, to, y, stride);
 }

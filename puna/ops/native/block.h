@@ -8,7 +8,8 @@ static void round_all(float* x, int64_t count, bool bf16) {
 }
 
 // RMSNorm of `rows` rows as ops/norm.py has it, in the dtype of activations.
-static const void* normed(const Call& call, const void* x, const void* weight, const Block& b, int64_t dim, Scratch& scratch) {
+static const void* normed(const Call& call, const void* x, const void* weight, const Block& b, int64_t dim,
+                          Scratch& scratch) {
     float* wide = scratch.take<float>(dim);
     float* gain = scratch.take<float>(dim);
     char* out = scratch.take<char>(call.rows * dim * 4);
@@ -34,7 +35,8 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t dim) {
 }
 
 // x (rows, dim), cos and sin (rows, head_dim / 2) -> q (rows, heads, head_dim), k and v (rows, kv_heads, head_dim).
-static void before(const Call& call, const Block& b, const Pool& pool, const void* x, const float* cos, const float* sin, void* q, void* k, void* v) {
+static void before(const Call& call, const Block& b, const Pool& pool, const void* x, const float* cos,
+                   const float* sin, void* q, void* k, void* v) {
     int64_t rows = call.rows, dim = pool.head_dim, heads = pool.heads, kv_heads = pool.kv_heads;
     team().run(call.threads, [&](int thread) {
         Scratch& scratch = team().scratch(thread);
@@ -51,14 +53,16 @@ static void before(const Call& call, const Block& b, const Pool& pool, const voi
             for (int64_t r = 0; r < rows; r++) {
                 if (which < 2) rotate(head + r * dim, cos + r * dim / 2, sin + r * dim / 2, dim);
                 int64_t at = (r * (which == 0 ? heads : kv_heads) + index) * dim;
-                narrow(head + r * dim, call.bf16, dim, const_cast<char*>(behind(which == 0 ? q : which == 1 ? k : v, call.bf16, at)));
+                const char* out = behind(which == 0 ? q : which == 1 ? k : v, call.bf16, at);
+                narrow(head + r * dim, call.bf16, dim, const_cast<char*>(out));
             }
         });
     });
 }
 
 // base + w . x for outputs [from, to) of all rows, in the dtype of activations.
-static void add_linear(const Call& call, const Weight& w, const Input& x, const void* base, void* out, int64_t from, int64_t to, float* sums) {
+static void add_linear(const Call& call, const Weight& w, const Input& x, const void* base, void* out, int64_t from,
+                       int64_t to, float* sums) {
     int64_t count = to - from;
     linear(w, x, from, to, sums - from, count);
     for (int64_t r = 0; r < call.rows; r++) {
@@ -66,7 +70,8 @@ static void add_linear(const Call& call, const Weight& w, const Input& x, const 
         const char* old = behind(base, call.bf16, r * w.out + from);
         round_all(row, count, call.bf16);
         for (int64_t i = 0; i < count; i++)
-            row[i] += call.bf16 ? from_bf16(reinterpret_cast<const Half*>(old)[i]) : reinterpret_cast<const float*>(old)[i];
+            row[i] += call.bf16 ? from_bf16(reinterpret_cast<const Half*>(old)[i])
+                                : reinterpret_cast<const float*>(old)[i];
         narrow(row, call.bf16, count, const_cast<char*>(behind(out, call.bf16, r * w.out + from)));
     }
 }
@@ -91,10 +96,13 @@ static void after(const Call& call, const Block& b, void* x, const void* heads) 
         float* sums = scratch.take<float>(rows * STEP);
         float* ups = scratch.take<float>(rows * STEP);
         Input input = prepare(b.o, heads, call.bf16, rows, scratch);
-        team().share(dim, STEP, [&](int64_t from, int64_t to) { add_linear(call, b.o, input, x, middle, from, to, sums); });
+        team().share(dim, STEP, [&](int64_t from, int64_t to) {
+            add_linear(call, b.o, input, x, middle, from, to, sums);
+        });
         team().barrier();
         const void* given = normed(call, middle, b.mlp_norm, b, dim, scratch);
-        Input gate = prepare(b.gate, given, call.bf16, rows, scratch), up = prepare(b.up, given, call.bf16, rows, scratch);
+        Input gate = prepare(b.gate, given, call.bf16, rows, scratch);
+        Input up = prepare(b.up, given, call.bf16, rows, scratch);
         team().share(ffn, STEP, [&](int64_t from, int64_t to) {
             int64_t count = to - from;
             linear(b.gate, gate, from, to, sums - from, count);
@@ -102,21 +110,27 @@ static void after(const Call& call, const Block& b, void* x, const void* heads) 
             round_all(sums, rows * count, call.bf16);
             round_all(ups, rows * count, call.bf16);
             gated(sums, ups, rows * count, call.bf16);
-            for (int64_t r = 0; r < rows; r++)
-                narrow(sums + r * count, call.bf16, count, const_cast<char*>(behind(hidden, call.bf16, r * ffn + from)));
+            for (int64_t r = 0; r < rows; r++) {
+                const char* out = behind(hidden, call.bf16, r * ffn + from);
+                narrow(sums + r * count, call.bf16, count, const_cast<char*>(out));
+            }
         });
         team().barrier();
         input = prepare(b.down, hidden, call.bf16, rows, scratch);
-        team().share(dim, STEP, [&](int64_t from, int64_t to) { add_linear(call, b.down, input, middle, x, from, to, sums); });
+        team().share(dim, STEP, [&](int64_t from, int64_t to) {
+            add_linear(call, b.down, input, middle, x, from, to, sums);
+        });
     });
 }
 
 // x (rows, dim) through all blocks, in place. The pool is that of all layers, (layers, blocks, ...).
-static void forward(const Call& call, const Block* blocks, int64_t layers, Pool pool, void* x, const float* cos, const float* sin) {
+static void forward(const Call& call, const Block* blocks, int64_t layers, Pool pool, void* x, const float* cos,
+                    const float* sin) {
     int64_t width = call.bf16 ? 2 : 4, one = call.rows * pool.head_dim * width;
     int64_t layer_bytes = pool.count * pool.kv_heads * pool.block * pool.head_dim * width;
     std::unique_ptr<char[]> memory(new char[2 * (pool.heads + pool.kv_heads) * one]);
-    char *q = memory.get(), *heads = q + pool.heads * one, *k = heads + pool.heads * one, *v = k + pool.kv_heads * one;
+    char *q = memory.get(), *heads = q + pool.heads * one;
+    char *k = heads + pool.heads * one, *v = k + pool.kv_heads * one;
     for (int64_t layer = 0; layer < layers; layer++) {
         before(call, blocks[layer], pool, x, cos, sin, q, k, v);
         attend(call, pool, q, k, v, heads);

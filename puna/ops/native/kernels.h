@@ -41,7 +41,8 @@ static inline float from_fp16(Half bits) {
 }
 
 static inline float scale_of(const Weight& w, const void* scales, int64_t index) {
-    return w.half_scales ? from_fp16(static_cast<const Half*>(scales)[index]) : static_cast<const float*>(scales)[index];
+    if (w.half_scales) return from_fp16(static_cast<const Half*>(scales)[index]);
+    return static_cast<const float*>(scales)[index];
 }
 
 // e^x to 2 units in the last place: 2^n by the exponent's bits times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes).
@@ -149,12 +150,17 @@ struct Input {
 };
 
 // x = scale * whole, with the largest |x| at 127: symmetric, ties to even (Llama 3.2's dynamic activations).
+// A row with a NaN or an infinity becomes zeros of such a scale, whose product with any sum is NaN, as torch has it.
 static float round_row(const float* x, int64_t in, int8_t* out) {
     float largest = 0;
-    for (int64_t i = 0; i < in; i++) largest = most(largest, x[i] < 0 ? -x[i] : x[i]);
-    float scale = largest / 127.0f, divisor = scale > 0 ? scale : 1.0f;
     for (int64_t i = 0; i < in; i++) {
-        float shifted = x[i] / divisor + 12582912.0f;  // rounds to an integer, as torch.round does
+        float size = x[i] < 0 ? -x[i] : x[i];
+        largest = size > largest || size != size ? size : largest;
+    }
+    float scale = largest / 127.0f, divisor = scale > 0 ? scale : 1.0f;
+    bool finite = scale - scale == 0;
+    for (int64_t i = 0; i < in; i++) {
+        float shifted = (finite ? x[i] / divisor : 0.0f) + 12582912.0f;  // rounds to an integer, as torch.round does
         out[i] = int8_t(shifted - 12582912.0f);
     }
     return scale;
@@ -168,13 +174,15 @@ static void round_rows(Input& input, Scratch& scratch) {
 }
 
 // y[r * stride + o] for o in [from, to), with the integer sums exact.
-[[maybe_unused]] static void linear_dynamic(const Weight& w, const Input& x, int64_t from, int64_t to, float* y, int64_t stride) {
+[[maybe_unused]] static void linear_dynamic(const Weight& w, const Input& x, int64_t from, int64_t to, float* y,
+                                            int64_t stride) {
     int64_t groups = w.in / w.group;
     int8_t* codes = reinterpret_cast<int8_t*>(x.row);
     for (int64_t o = from; o < to; o++) {
         const int8_t* row = static_cast<const int8_t*>(w.codes) + o * w.in;
         if (w.kind == INT4) {
-            for (int64_t i = 0; i < w.in; i += 32) nibbles(static_cast<const uint8_t*>(w.codes) + (o * w.in + i) / 2, codes + i);
+            const uint8_t* packed = static_cast<const uint8_t*>(w.codes) + o * w.in / 2;
+            for (int64_t i = 0; i < w.in; i += 32) nibbles(packed + i / 2, codes + i);
             for (int64_t i = 0; i < w.in && !w.mins; i++) codes[i] -= 8;
             row = codes;
         }

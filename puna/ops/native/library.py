@@ -1,4 +1,4 @@
-"""Builds and loads the native kernels: C++ beside this file, made at first use with the machine's own compiler.
+"""Builds and loads the native kernels: C++ beside this file, made at first use with the machine's own GCC.
 
 The library is called by the hash of its sources, compiler and flags, so one of older sources is never loaded. It holds
 paths for AVX-512, AVX2 and any x86-64, and the CPU it runs on decides, so machines may share a home.
@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 
+from puna.errors import ResourceError
 from puna.log import log
 from puna.packages import cache as packages
 
 LEVELS = ("portable", "avx2", "avx512")
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math")
-_COMPILERS = ("g++", "clang++", "c++")
+_COMPILER = "g++"
 _SECONDS = 300
 _DIGEST = 32  # bytes
 
@@ -97,8 +98,13 @@ class Native:
 
 def _function(found: Any, arguments: str) -> Callable[..., None]:
     found.argtypes = [{"p": ctypes.c_void_p, "n": ctypes.c_int64}[kind] for kind in arguments]
-    found.restype = None
+    found.restype, found.errcheck = ctypes.c_int32, _checked
     return found
+
+
+def _checked(status: int, *_: Any) -> None:
+    if status:
+        raise ResourceError("memory ran out in a native kernel", fix="fewer texts at a time, or shorter ones")
 
 
 @cache
@@ -124,9 +130,8 @@ def load(wanted: str) -> Native | str:
         return f"PUNA_NATIVE={wanted} is none of 0, auto, {', '.join(LEVELS)}"
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"they are for Linux on x86-64, this is {platform.system()} on {platform.machine()}"
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        return f"no C++ compiler: none of {', '.join(_COMPILERS)} is installed"
+    if (compiler := shutil.which(_COMPILER)) is None:
+        return f"no C++ compiler: {_COMPILER} is not installed"
     try:
         library = _open(compiler)
     except (OSError, subprocess.SubprocessError) as error:

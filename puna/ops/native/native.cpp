@@ -11,10 +11,6 @@ namespace portable {
 #include "entry.h"
 }
 
-#if defined(__clang__)
-#define TARGET(sets) _Pragma("clang attribute push(__attribute__((target(sets))), apply_to = function)")
-#endif
-
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
@@ -48,19 +44,30 @@ extern "C" int32_t puna_level() {
 
 #define BY_LEVEL(call, what) ((call)->level == 2 ? avx512::what : (call)->level == 1 ? avx2::what : portable::what)
 
-extern "C" void puna_linear(const Call* call, const Weight* w, const void* x, void* y) {
-    BY_LEVEL(call, linear_entry)(*call, *w, x, y);
+// 0, or 1 where memory ran out: an exception must not get to Python's frames.
+template <typename Work> static int32_t status(Work&& work) {
+    try {
+        work();
+        return 0;
+    } catch (const std::exception&) {
+        return 1;
+    }
 }
 
-extern "C" void puna_expand(const Call* call, const Weight* w, int64_t from, int64_t to, void* out) {
-    BY_LEVEL(call, expand_entry)(*call, *w, from, to, out);
+extern "C" int32_t puna_linear(const Call* call, const Weight* w, const void* x, void* y) {
+    return status([&] { BY_LEVEL(call, linear_entry)(*call, *w, x, y); });
 }
 
-extern "C" void puna_attend(const Call* call, const Pool* pool, const void* q, const void* k, const void* v, void* out) {
-    BY_LEVEL(call, attend)(*call, *pool, q, k, v, out);
+extern "C" int32_t puna_expand(const Call* call, const Weight* w, int64_t from, int64_t to, void* out) {
+    return status([&] { BY_LEVEL(call, expand_entry)(*call, *w, from, to, out); });
 }
 
-extern "C" void puna_forward(const Call* call, const Block* blocks, int64_t layers, const Pool* pool, void* x,
-                             const float* cos, const float* sin) {
-    BY_LEVEL(call, forward)(*call, blocks, layers, *pool, x, cos, sin);
+extern "C" int32_t puna_attend(const Call* call, const Pool* pool, const void* q, const void* k, const void* v,
+                               void* out) {
+    return status([&] { BY_LEVEL(call, attend)(*call, *pool, q, k, v, out); });
+}
+
+extern "C" int32_t puna_forward(const Call* call, const Block* blocks, int64_t layers, const Pool* pool, void* x,
+                                const float* cos, const float* sin) {
+    return status([&] { BY_LEVEL(call, forward)(*call, blocks, layers, *pool, x, cos, sin); });
 }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <climits>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -57,9 +58,11 @@ class Team {
     std::vector<std::unique_ptr<Scratch>> scratches;
     Scratch shared;
     std::atomic<uint32_t> started{0}, finished{0}, arrived{0}, passed{0}, next{0};
+    std::atomic<bool> failed{false};
     void (*work)(Team&, int, void*) = nullptr;
     void* argument = nullptr;
     int active = 1;
+    int most = INT_MAX;  // threads this process can have
     std::mutex busy;
 
     void help(int thread, uint32_t seen) {
@@ -72,17 +75,35 @@ class Team {
         }
     }
 
-    void grow(int threads) {
+    // How many threads there are for `threads` that are wanted: all of them, unless the system gives no more.
+    int grow(int threads) {
         while (int(scratches.size()) < threads) scratches.push_back(std::make_unique<Scratch>());
-        while (int(helpers.size()) < threads - 1) {
-            int thread = int(helpers.size()) + 1;
-            uint32_t seen = started.load();
-            helpers.emplace_back([this, thread, seen] { help(thread, seen); });
+        try {
+            while (int(helpers.size()) < std::min(threads, most) - 1) {
+                int thread = int(helpers.size()) + 1;
+                uint32_t seen = started.load();
+                helpers.emplace_back([this, thread, seen] { help(thread, seen); });
+            }
+        } catch (const std::exception&) {
+            most = int(helpers.size()) + 1;
+        }
+        return std::min(threads, most);
+    }
+
+    // An exception that left a thread would end the process; and nobody may wait for this one at a barrier.
+    template <typename Part> void attempt(Part& part, int thread) {
+        try {
+            part(thread);
+        } catch (const std::exception&) {
+            failed = true;
+            passed.fetch_add(1, std::memory_order_acq_rel);
+            passed.notify_all();
         }
     }
 
 public:
-    // Calls part(thread) in `threads` threads, this one among them. One call at a time: others wait for it.
+    // Calls part(thread) in up to `threads` threads, this one among them. One call at a time: others wait for it.
+    // Throws std::bad_alloc where memory ran out in any of them.
     template <typename Part> void run(int threads, Part&& part) {
         std::lock_guard<std::mutex> alone(busy);
         share_out(threads, part);
@@ -98,22 +119,25 @@ public:
 
 private:
     template <typename Part> void share_out(int threads, Part&& part) {
-        grow(threads);
+        active = grow(threads);
         next = 0;
-        active = threads;
-        if (threads == 1) return part(0);
-        work = [](Team&, int thread, void* given) { (*static_cast<std::remove_reference_t<Part>*>(given))(thread); };
+        if (active == 1) return part(0);
+        work = [](Team& team, int thread, void* given) {
+            team.attempt(*static_cast<std::remove_reference_t<Part>*>(given), thread);
+        };
         argument = &part;
-        finished = 0;
+        failed = false;
+        arrived = finished = 0;
         started.fetch_add(1, std::memory_order_acq_rel);
         started.notify_all();
-        part(0);
+        attempt(part, 0);
         for (uint32_t done; (done = finished.load(std::memory_order_acquire)) < helpers.size();)
             wait_while(finished, done);
+        if (failed) throw std::bad_alloc();
     }
 
 public:
-    // Every thread gets here before one goes on.
+    // Every thread gets here before one goes on; or, where one has failed, none does.
     void barrier() {
         if (active == 1) {
             next = 0;
@@ -125,9 +149,10 @@ public:
             next = 0;
             passed.fetch_add(1, std::memory_order_acq_rel);
             passed.notify_all();
-        } else {
+        } else if (!failed) {  // read after `round`: whoever fails later wakes this one
             wait_while(passed, round);
         }
+        if (failed) throw std::bad_alloc();
     }
 
     // Hands [0, count) out in pieces: whoever is free takes the next, since a neighbour may slow one thread down.

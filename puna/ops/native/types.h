@@ -43,13 +43,9 @@ struct Pool {
     int64_t width, count, block, heads, kv_heads, head_dim;
 };
 
-// The vector extension of GCC and Clang: one source becomes SSE, AVX2 or AVX-512 by the target it is compiled for.
+// The vector extension of GCC: one source becomes SSE, AVX2 or AVX-512 by the target it is compiled for.
 typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
 constexpr int64_t LANES = 16;
 
-#ifdef __clang__
-#define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
-#else
 #define SHUFFLE(x, ...) __builtin_shuffle(x, (Ints){__VA_ARGS__})
-#endif
