@@ -36,15 +36,13 @@ def hf(model: str, batch: int) -> Any:
     return HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=batch)
 
 
-def evaluation(make: Any, data: str, limit: int) -> Work:
+def evaluation(make: Any, folder: str, limit: int) -> Work:
     """A step is the whole evaluation; its loss is 100 acc + acc_norm, which has to be the same."""
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    folder = Path(tempfile.mkdtemp())
-    (folder / "arc.yaml").write_text(json.dumps({**TASK, "dataset_kwargs": {"data_files": {"validation": data}}}))
-    tasks = TaskManager(include_path=str(folder), include_defaults=False)
+    tasks = TaskManager(include_path=folder, include_defaults=False)
     model = make()
 
     def step() -> float:
@@ -65,12 +63,14 @@ if __name__ == "__main__":
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
-    data = str(Path(asked.data).resolve())
-    sides = {
-        "puna": partial(evaluation, partial(ours, asked.model), data, asked.limit),
-        **{
-            f"lm-eval hf, batch {batch}": partial(evaluation, partial(hf, asked.model, batch), data, asked.limit)
-            for batch in (1, 8)
-        },
-    }
-    compare(sides, units=asked.limit, rounds=asked.rounds, unit="questions", loss_within=1e-9)
+    task = {**TASK, "dataset_kwargs": {"data_files": {"validation": str(Path(asked.data).resolve())}}}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "arc.yaml").write_text(json.dumps(task))
+        sides = {
+            "puna": partial(evaluation, partial(ours, asked.model), folder, asked.limit),
+            **{
+                f"lm-eval hf, batch {batch}": partial(evaluation, partial(hf, asked.model, batch), folder, asked.limit)
+                for batch in (1, 8)
+            },
+        }
+        compare(sides, units=asked.limit, rounds=asked.rounds, unit="questions", loss_within=1e-9)

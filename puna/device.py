@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 _QUOTA = "/sys/fs/cgroup/cpu.max"
+_MEMORY = "/proc/meminfo"
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt's numbers of them
 
 
@@ -83,6 +84,27 @@ def _native_bf16(device: "torch.device") -> tuple[bool, str]:
         found = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if has.get(name)]
         return bool(found), f"CPU has {found[0]}" if found else "CPU has no native bf16"
     return False, f"bf16 on {device.type} is not measured yet"
+
+
+def require_memory(size: int, device: "torch.device") -> None:
+    """Refuse before anything is read when `device` has less than 1.1 x `size` bytes free, where that can be known."""
+    import torch
+
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    if free is not None and free < 1.1 * size:
+        raise ResourceError(
+            f"{size / 1e9:.2f} GB of weights do not fit into {free / 1e9:.2f} GB of free memory",
+            fix="a machine with more, or a smaller model",
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be had without swapping; None where Linux is not there to tell."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path(_MEMORY).read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def calibrate_threads() -> int:

@@ -112,9 +112,10 @@ class LoraLinear(nn.Module):
 
     def _sum(self) -> Tensor:
         """W + s B A, (out, in)."""
-        wide = torch.promote_types(self.base.weight.dtype, torch.float32)
+        base = self.base.weight  # once: a packed one is dequantized each time
+        wide = torch.promote_types(base.dtype, torch.float32)
         delta = self.lora_B.weight.to(wide) @ self.lora_A.weight.to(wide)
-        return self.base.weight.to(wide) + self.scale * delta
+        return base.to(wide) + self.scale * delta
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
@@ -135,8 +136,9 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0, dtype: torch.d
         layer.lora_A.weight.data = start.to(_matrix(base).device, dtype)
         layer.lora_B.weight.data = torch.zeros_like(layer.lora_B.weight, dtype=dtype)
         if layer.lora_magnitude_vector is not None:
-            wide = torch.promote_types(base.weight.dtype, dtype)
-            layer.lora_magnitude_vector.data = base.weight.detach().to(wide).norm(dim=1).to(dtype)
+            weight = base.weight.detach()
+            wide = torch.promote_types(weight.dtype, dtype)
+            layer.lora_magnitude_vector.data = weight.to(wide).norm(dim=1).to(dtype)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
 

@@ -19,13 +19,16 @@ from command_line import puna_forked
 from test_model import BASE, build
 
 import puna
-from puna.errors import ResourceError, UsageError
+from puna.errors import NumericError, ResourceError, UsageError
+from puna.infer import engine as engine_module
 from puna.infer.engine import Engine
 from puna.infer.generate import generate
 from puna.infer.llama import Llama
-from puna.infer.request import Request, Sampling
+from puna.infer.request import Event, Request, Sampling
+from puna.infer.sampling import penalized
 from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
+from puna.ops.paged_attention import BLOCK
 from puna.tokenizer.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(**{**BASE, "n_kv_heads": 2, "max_seq_len": 160})
@@ -235,10 +238,16 @@ def test_the_ends_of_answers(model: Transformer) -> None:
 @pytest.mark.parametrize(
     ("prompt", "words", "told"),
     [([], {}, "empty prompt"), ([97], {}, r"outside 0\.\.96"), ([1] * 160, {}, "context holds 160"),
-     ([1], {"stop": ["x"]}, "decode"), ([1], {"top_p": 2}, "top_p=2"), ([1], {"n": 0}, "n=0")],
+     ([1], {"stop": ["x"]}, "decode"), ([1], {"top_p": 2}, "top_p=2"), ([1], {"n": 0}, "n=0"),
+     ([1], {"logit_bias": {97: 1.0}}, r"logit_bias has an id outside 0\.\.96"), ([1.5], {}, "no whole number"),
+     ([1], {"logit_bias": {1.5: 1.0}}, "no whole number"), ([1], {"logit_bias": {1: float("nan")}}, "logit_bias="),
+     ([1], {"logit_bias": {1: float("-inf")}}, "logit_bias="), ([1], {"seed": 2**64}, "seed="),
+     ([1], {"seed": 2**64 - 1, "n": 2}, "seed="), ([1], {"presence_penalty": float("inf")}, "presence_penalty=inf"),
+     ([1], {"repetition_penalty": 1e300}, "repetition_penalty="), ([1], {"top_k": 2.0}, "whole numbers")],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(prompt: list[int], words: dict[str, Any], told: str, model: Transformer) -> None:
-    """An id beyond the embedding ends the process on a GPU; a request too long would never be scheduled."""
+    """An id beyond the embedding ends the process on a GPU; a request too long would never be scheduled; a bias of no
+    id, or a number torch does not take, ends all requests in the step that needs it."""
     with pytest.raises(UsageError, match=told):
         Engine(model).add(Request(prompt, Sampling(**words)))
     with pytest.raises(ResourceError, match="holds 64"):
@@ -394,3 +403,140 @@ def test_generate_and_its_options_on_the_command_line(tokenizer_folder: Path, tm
     assert len(set(ids)) == len(ids)
     assert best["text"] == text
     assert (cut["finish_reason"], cut["text"]) == ("stop", text[: text.index(stop)])
+
+
+def test_of_requests_one_of_which_cannot_be_none_is_begun(model: Transformer) -> None:
+    """An engine that stays busy with what stood before a prompt that is too long."""
+    engine, fine = Engine(model), mixed(2)
+    with pytest.raises(UsageError, match="context holds 160"):
+        engine.run([*fine, Request([1] * 200)])
+    with pytest.raises(UsageError, match="context holds 160"):
+        engine.score([([1], [2]), ([1] * 200, [2])])
+    assert (engine.busy, engine.added) == (False, 0)
+    assert answers(engine, fine) == [alone(model, request) for request in fine]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_added_before_a_run_goes_on(fails: bool, model: Transformer) -> None:
+    """`run` takes the results of others for its own, and their events never reach whoever waits for them."""
+    requests = mixed(5)
+    engine, before = Engine(model, batch=2), requests[:3]
+    numbers, told, results = [engine.add(request) for request in before], dict[int, list[int]](), {}
+
+    def show(event: Event) -> None:
+        assert event.request not in numbers
+        if fails:
+            raise KeyboardInterrupt
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(requests[3:], show)
+    else:
+        found = engine.run(requests[3:], show)
+        assert [list(r.completions[0].token_ids) for r in found] == [alone(model, r) for r in requests[3:]]
+    while engine.busy:
+        for event in engine.step():
+            told.setdefault(event.request, []).extend(event.token_ids)
+            if event.result is not None:
+                results[event.request] = list(event.result.completions[0].token_ids)
+    wanted = dict(zip(numbers, [alone(model, request) for request in before], strict=True))
+    assert (told, results) == (wanted, wanted)
+
+
+def test_an_error_of_a_batch_is_told_as_it_is(model: Transformer, tokenizer_folder: Path) -> None:
+    """The engine said to be "still writing" instead of what is wrong with a prompt; others' engine released."""
+    llama = Llama(model, Tokenizer(tokenizer_folder), tokenizer_folder, [])
+    with pytest.raises(UsageError, match="context holds 160"):
+        llama.continue_ids([[1], [1] * 200], 4)
+    assert llama.continue_ids([[1], [2]], 4) == generate(model, [[1], [2]], max_tokens=4)
+    number = llama.engine.add(Request([3], Sampling(max_tokens=60)))
+    assert llama.continue_ids([[1], [2]], 4) == generate(model, [[1], [2]], max_tokens=4)
+    while llama.engine.busy:
+        event = llama.engine.step()[-1]
+    assert (event.request, len(event.result.completions[0].token_ids)) == (number, 60)
+
+
+def decoded(ids: Sequence[int]) -> str:
+    return "".join(f"<{i}>" for i in ids)
+
+
+def test_a_step_that_fails_tells_whose_requests_it_ended(model: Transformer) -> None:
+    """Somebody who waits for an event that never comes, because another's run failed."""
+    engine, requests = Engine(model), [replace(r, sampling=replace(r.sampling, max_tokens=9)) for r in mixed(3)]
+    numbers = [engine.add(request) for request in requests]
+    told = {event.request: list(event.token_ids) for event in engine.step()}
+    handle = model.norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    with pytest.raises(NumericError, match="largest logit"):
+        engine.run(requests)
+    handle.remove()
+    assert (engine.cache.blocks.used, engine.busy) == (0, True)
+    ends = {event.request: event.result for event in engine.step()}
+    assert sorted(ends) == numbers
+    for number, request in zip(numbers, requests, strict=True):
+        [end] = ends[number].completions
+        assert (end.finish_reason, list(end.token_ids)) == ("failed", told.get(number, []))
+        assert list(end.token_ids) == alone(model, request)[: len(end.token_ids)]
+    assert not engine.busy
+    assert answers(engine, requests) == [alone(model, request) for request in requests]
+
+
+def test_a_cancelled_answer_is_told_to_its_end(model: Transformer) -> None:
+    """Ids held back as the beginning of a stop string: in the result, and in no event."""
+    ids = alone(model, Request([1, 2, 3], Sampling(max_tokens=12)))
+    engine, seen = Engine(model, decode=decoded), list[int]()
+    engine.add(Request([1, 2, 3], Sampling(max_tokens=12, stop=[decoded(ids[3:6]) + "no"])))
+    for _ in range(6):
+        for event in engine.step():
+            seen += event.token_ids
+    assert seen == ids[:3]
+    engine.cancel(0)
+    [event] = engine.step()
+    assert [*seen, *event.token_ids] == list(event.result.completions[0].token_ids) == ids[:6]
+
+
+def test_a_step_costs_no_more_for_those_who_wait(model: Transformer) -> None:
+    """Work for every one of thousands who wait, in every step; and copies of texts that no penalty asks for."""
+    engine = Engine(model, batch=2)
+    for request in mixed(20):
+        engine.add(request)
+    engine.step()
+    waiting = engine.scheduler.waiting[-1]
+    waiting.first_key = mark = b"0 kept"
+    engine.step()
+    assert waiting.first_key is mark
+    engine.forget()
+    assert waiting.first_key == b"1 "
+
+
+def test_text_is_copied_for_penalties_only(monkeypatch: pytest.MonkeyPatch, model: Transformer) -> None:
+    """The prompt and the answer of every text, copied at every step for penalties that nobody asked for."""
+    copied: list[int] = []
+
+    def watched(logits: torch.Tensor, rows: list[tuple[Sampling, list[int], list[int]]]) -> torch.Tensor:
+        copied.extend(len(prompt) + len(answer) for _, prompt, answer in rows)
+        return penalized(logits, rows)
+
+    monkeypatch.setattr("puna.infer.sample.penalized", watched)
+    plain, asked = Request([1] * 20, Sampling(3)), Request([2] * 20, Sampling(3, repetition_penalty=1.1))
+    Engine(model).run([plain])
+    assert copied == []
+    Engine(model).run([plain, asked])
+    assert copied == [0, 20, 0, 21, 0, 22]
+
+
+@pytest.mark.parametrize(("memory", "wanted"), [(2**31, 2**13), (2**34, 2**16), (2**40, 2**17)])
+def test_the_cache_is_as_large_as_the_machine_lets_it_be(
+    memory: int, wanted: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A context of 131,072 that takes 16 GB of a machine with 2, where a gigabyte was promised."""
+    shape = {**BASE, "n_layers": 32, "n_kv_heads": 8, "n_heads": 8, "head_dim": 128, "max_seq_len": 2**17}
+    with torch.device("meta"):
+        big = Transformer(ModelConfig(**shape), torch.bfloat16)
+    monkeypatch.setattr(engine_module, "_memory", lambda device: memory)
+    with caplog.at_level("INFO", logger="puna"):
+        cache = Engine(big).cache
+    assert cache.blocks.count * BLOCK == wanted
+    assert [record.message for record in caplog.records] == (
+        [] if wanted == 2**17
+        else [f"cache: {wanted:,} tokens in {wanted >> 13}.0 GB (less than a context of 131,072: Engine(tokens=...))"]
+    )  # fmt: skip

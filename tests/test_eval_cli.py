@@ -1,8 +1,10 @@
 """`puna eval` on sets of questions, as a user types it; lm-eval's view of a model."""
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from command_line import puna_forked
 from test_model import BASE, build
 
+from puna.data.shards import ShardWriter, write_index
 from puna.errors import UsageError
 from puna.eval.harness import as_lm, sampling_of
 from puna.eval.pairs import Encoder
@@ -49,6 +52,8 @@ def test_scores_gains_answers_and_contamination(models: Path, shards: Path) -> N
     assert set(row["metrics"]) == {"acc", "acc_norm", "acc_bytes", "bits_per_byte"}
     assert all(each["low"] <= each["value"] <= each["high"] for each in row["metrics"].values())
     assert all(each["definition"] for each in row["metrics"].values())
+    made = {"model": "a", "dtype": "float32", "seed": 1234, "cut": 0}
+    assert {name: row[name] for name in made} == made
     answers = [json.loads(line) for line in (models / "answers/piqa.jsonl").read_text().splitlines()]
     assert len(answers) == 8
     assert sum(answer["acc"] for answer in answers) / 8 == row["metrics"]["acc"]["value"]
@@ -64,6 +69,7 @@ def test_scores_gains_answers_and_contamination(models: Path, shards: Path) -> N
 
 def test_mistakes_are_told(models: Path) -> None:
     """A name with a slip, code that nobody allowed, data that is not there: what to type, before a model is loaded."""
+    piqa = ("--tasks", "piqa", "--data", ".")
     cases = {
         ("--tasks", "pika"): (2, "no task `pika`; did you mean `piqa`?"),
         ("--tasks", "humaneval", "--data", "."): (2, "--run-code"),
@@ -72,12 +78,58 @@ def test_mistakes_are_told(models: Path) -> None:
         ("--tasks", "piqa", "--data", "nowhere"): (3, "no such folder"),
         ("--tasks", "piqa", "--data", ".", "--samples", "4"): (2, "--temperature"),
         ("--tasks", "none.jsonl"): (3, "none.jsonl"),
+        ("--tasks", "arc_agi,arc_easi"): (2, "no task `arc_easi`; did you mean `arc_easy`?"),
+        (*piqa, "--shards", "nowhere"): (3, "no token shards here"),
+        (*piqa, "--output", "piqa_validation.jsonl"): (2, "piqa_validation.jsonl"),
+        ("--tasks", "arc_agi", "--output", "x"): (2, "--output does nothing for arc_agi"),
+        ("--tasks", "arc_agi", "--shards", "x"): (2, "--shards does nothing for arc_agi"),
+        (*piqa, "--samples", "4", "--temperature", "1"): (2, "--samples does nothing for piqa"),
     }
     for done, (code, part) in zip(
         puna_forked([["eval", "none", *w] for w in cases], models), cases.values(), strict=True
     ):
         assert (done.returncode, part in done.stderr) == (code, True), done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_planted_questions_are_found(llama: Llama, models: Path) -> None:
+    """Words of the template, or of other questions' examples, that stand for what was trained on."""
+    folder = models / "planted"
+    folder.mkdir()
+    goals = [
+        "Llamas walk over the high plain at dawn",
+        "How does a fox hide from the rain in winter",
+        "Far below the condors somebody is mending a roof",
+        "To keep toads away, water the garden before noon",
+    ]
+    rows = [{"goal": goal, "sol1": f"rest {i}", "sol2": f"graze {i}", "label": 1} for i, goal in enumerate(goals)]
+    (folder / "piqa_validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    writer = ShardWriter(folder, "train", llama.tokenizer.vocab_size)
+    for number, text in enumerate([f"{goals[1]} graze 1", f"Question: {'Question: Answer: ' * 9}\nAnswer: rest"]):
+        writer.add(llama.tokenizer.encode(text), f"{number}.txt", 1)
+    write_index(folder, [writer], llama.tokenizer.fingerprint)
+    asked = ["eval", "a", "--tasks", "piqa", "--data", folder, "--shots", "2", "--shards", folder, "--dtype", "fp32"]
+    [done] = puna_forked([[*asked, "--ngram", "12", "--json"]], models)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)[0]["contamination"]
+    assert (found["touched"], found["subsets"]["dirty"]["n"], found["subsets"]["clean"]["n"]) == (0.25, 1, 3)
+    assert found["tokens"] == 0.25  # all of the one question
+
+
+def test_both_models_read_the_text(models: Path) -> None:
+    """A second model that is loaded, and then left out of what was asked."""
+    (models / "text.txt").write_text("The llama grazes in the puna.")
+    asked = ["eval", "a", "--against", "b", "--text", "text.txt", "--dtype", "fp32", "--json"]
+    [done] = puna_forked([asked], models)
+    assert [row["model"] for row in json.loads(done.stdout)] == ["a", "b"]
+
+
+def test_no_room_is_told_before_the_first_exam(models: Path) -> None:
+    """Ids of an answer that leave one token of the question, found out after hours of other tasks."""
+    (models / "gsm8k_test.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}))
+    [done] = puna_forked([["eval", "a", "--tasks", "piqa,gsm8k", "--data", ".", "--dtype", "fp32"]], models)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "answers of 256 tokens leave no room" in done.stderr
 
 
 def test_tasks_are_listed(tmp_path: Path) -> None:
@@ -94,6 +146,18 @@ def test_settings_of_lm_eval() -> None:
     assert sampling_of({"temperature": 0.7, "top_p": 0.9}).temperature == 0.7
     with pytest.raises(UsageError, match="num_beams"):
         sampling_of({"num_beams": 4})
+
+
+def test_repeats_and_begun_answers(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeats of a request that are copies; an answer the task has begun, closed and asked for anew."""
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.api", ModuleType("lm_eval.api"))
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", SimpleNamespace(LM=object))
+    lm = as_lm(llama, max_gen_toks=5)
+    request = SimpleNamespace(args=("The llama", {"until": [], "temperature": 1.0, "do_sample": True}))
+    assert len({*lm.generate_until([request] * 8)}) == 8
+    with pytest.raises(UsageError, match="an answer that the task begins"):
+        lm.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=False)
 
 
 def test_lm_eval_runs_on_it(llama: Llama) -> None:
@@ -118,3 +182,5 @@ def test_lm_eval_runs_on_it(llama: Llama) -> None:
     written = lm.generate_until([asked("generate_until", *each) for each in prompts])
     alone = [lm.generate_until([asked("generate_until", *each)])[0] for each in prompts]
     assert written == alone
+    sampled = ("The llama", {"until": [], "temperature": 1.0, "do_sample": True})
+    assert len({*lm.generate_until([asked("generate_until", *sampled)] * 8)}) > 1  # repeats are no copies

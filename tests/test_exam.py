@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from test_model import BASE, build
 
-from puna.errors import DataError
+from puna.errors import DataError, UsageError
 from puna.eval import shapes
 from puna.eval.exam import prepare, sit
 from puna.eval.metrics import gained, measure, of_choices, of_numbers, of_one, of_passed
@@ -75,6 +76,8 @@ def test_prompts(name: str) -> None:
     question = TASKS[name].shape(row)
     assert set(question.contexts) == {context}
     assert (list(question.continuations), question.gold) == (continuations, gold)
+    assert question.raw  # without it nothing can be found in training data
+    assert not re.search(r"Question:|Answer:|\b[AB]\. ", question.raw)
 
 
 def test_winogrande_fills_the_blank() -> None:
@@ -272,6 +275,46 @@ def test_writing_ends_before_stop_strings(llama: Llama) -> None:
     assert len(reader.write(["stars " * 90], Sampling(max_tokens=3, n=2, temperature=1.0))[0]) == 2
 
 
+def test_what_is_cut_is_counted(llama: Llama) -> None:
+    """A prompt that has lost its question, or all but one token, scores as if it had been asked."""
+    reader = Reader(llama)
+    reader.likelihoods([("The llama", " grazes"), ("stars " * 80, "count")])
+    assert reader.cut == 1
+    reader.write(["stars " * 90, "stars"], Sampling(max_tokens=4))
+    assert reader.cut == 2
+    with pytest.raises(UsageError, match="answers of 64 tokens leave no room"):
+        reader.write(["The llama"], Sampling(max_tokens=64))
+
+
+def test_a_prompt_asked_again_is_sampled_again(llama: Llama) -> None:
+    """Eight repeats of a question with one seed are one sample, told as eight."""
+    reader, sampling = Reader(llama), Sampling(max_tokens=8, temperature=1.0, seed=3, n=2)
+    written = reader.write(["The llama"] * 4, sampling)
+    assert len({text for texts in written for text in texts}) == 8
+    assert written == reader.write(["The llama"] * 4, sampling)
+
+
+def requests(folder: Path, *rows: dict[str, Any]) -> Path:
+    """A file of one document's answers."""
+    file = folder / "requests.jsonl"
+    asked = ({"doc_id": 0, "request": {"context": "Q", "continuation": f" {row['idx']}"}, **row} for row in rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    return file
+
+
+def test_labels_and_the_order_of_requests(tmp_path: Path) -> None:
+    """A label written as text becomes answer 0, rows in another order make another answer right, without a word."""
+    rows = [{"idx": i, "label": "2"} for i in (2, 0, 1)]
+    [question] = read_requests(requests(tmp_path, *rows)).questions
+    assert question.continuations == (" 0", " 1", " 2")
+    assert question.gold == 2
+    for label in (3, -1, "B", None, [0]):
+        with pytest.raises(DataError, match="request 0 has the label"):
+            read_requests(requests(tmp_path, *({**row, "label": label} for row in rows)))
+    with pytest.raises(DataError, match="3 answers, and 1 of them without"):
+        read_requests(requests(tmp_path, *rows, {"doc_id": 1_000_000, "idx": 0, "label": 0}))
+
+
 def test_an_exam_from_rows_to_marks(llama: Llama, tmp_path: Path) -> None:
     """The chosen answer is the likeliest of the question's own choices, not of its neighbour's."""
     rows = [{"goal": f"Feed {i}", "sol1": "hay " * (i + 1), "sol2": f"{i} stars", "label": i % 2} for i in range(6)]
@@ -286,7 +329,7 @@ def test_an_exam_from_rows_to_marks(llama: Llama, tmp_path: Path) -> None:
         totals = [plainly(llama, *pair)[0] for pair in pairs]
         assert answer.told["logprobs"] == pytest.approx(totals, abs=1e-9)
         assert answer.told["answer"] == answer.question.continuations[totals.index(max(totals))]
-        assert answer.row(0)["right"] == answer.plain.continuations[answer.plain.gold]
+        assert answer.row(0)["right"] == answer.question.continuations[answer.question.gold]
 
 
 def test_data_that_is_not_there(tmp_path: Path) -> None:
@@ -294,7 +337,7 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"arc_easy_test\.jsonl"):
         prepare("arc_easy", tmp_path)
     (tmp_path / "piqa.jsonl").write_text('{"goals": "x"}\n')
-    with pytest.raises(DataError, match="KeyError 'goal'; it has goals"):
+    with pytest.raises(DataError, match="KeyError 'sol1'; it has goals"):
         prepare("piqa", tmp_path)
     (tmp_path / "piqa.jsonl").write_text('{"goal": \n')
     with pytest.raises(DataError, match="damaged"):

@@ -6,6 +6,7 @@ import pytest
 from test_model import BASE, build
 
 from puna.errors import UsageError
+from puna.infer.draft import Draft
 from puna.infer.llama import Llama
 from puna.model.config import ModelConfig
 from puna.recipes import run
@@ -28,3 +29,18 @@ def test_every_way_of_guessing_writes_the_same(tokenizer_folder: Path, texts: Pa
     Llama(build(ModelConfig(**SHAPE)), other, tmp_path, []).save(tmp_path / "foreign", "fp32")
     with pytest.raises(UsageError, match="another tokenizer"):
         llama.generate("In the puna", speculate=str(tmp_path / "foreign"))
+
+
+def test_guessing_is_the_call_s_and_its_memory_is_given_back(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """A guesser left on the engine others use; the cache of a draft of two calls ago that stays for good."""
+    tokenizer = Tokenizer(tokenizer_folder)
+    llama = Llama(build(ModelConfig(**SHAPE)).eval(), tokenizer, tmp_path, [])
+    Llama(build(ModelConfig(**{**SHAPE, "n_layers": 1})), tokenizer, tmp_path, []).save(tmp_path / "small", "fp32")
+    draft = str(tmp_path / "small")
+    llama.generate("In the puna", 20, speculate=draft)
+    assert llama.engine.speculation is None
+    proposer = llama.speculation(draft).proposer
+    assert isinstance(proposer, Draft)
+    assert proposer._cache is not None
+    llama.generate(["In the puna", "In"], 4)
+    assert proposer._cache is None

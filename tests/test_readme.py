@@ -49,7 +49,7 @@ RUN: dict[str, list[str]] = {
     'puna generate my-model -p "Dear" --speculate lookup': ["--max-tokens", "4"],
     "puna ls tasks": [],
     "puna eval my-model --tasks piqa --data questions --limit 200": [],
-    "puna quantize my-model small --scheme int4": ["--text", "held_out.txt"],
+    "puna quantize my-model small --scheme int4": ["--text", "held_out.txt", "--scheme", "int8"],  # as its rows are 16
     "puna inspect my-model": [],
     "puna convert my-model my-model.gguf --kind Q8_0": ["--kind", "F16"],  # rows of 16 have no blocks of 32
     "puna convert my-model.gguf back --to hf": [],

@@ -10,10 +10,13 @@ import transformers
 import puna
 from puna.errors import UsageError
 from puna.infer.llama import Llama
+from puna.infer.native import use_native
+from puna.lora import LoraConfig, add_lora
 from puna.model.config import ModelConfig
 from puna.model.init import build_model, init_weights, materialize
 from puna.model.resize import resize_embeddings
 from puna.model.transformer import Transformer
+from puna.quant.quantize import quantize_model
 from puna.tokenizer.tokenizer import Tokenizer
 
 
@@ -50,6 +53,22 @@ def test_padding_rows_are_new(shape: ModelConfig) -> None:
     assert len(resize_embeddings(model, 200).embed_tokens.weight) == 200
     with pytest.raises(UsageError, match="vocab_size=0"):
         resize_embeddings(model, 0)
+
+
+def test_what_has_no_rows_to_add_to(shape: ModelConfig) -> None:
+    """A quantized model was said to carry an adapter; a head that only computes faster was refused as well."""
+    config = shape.model_copy(update={"vocab_size": 64})
+    model = model_of(config, 64, False)
+    use_native(model)
+    assert len(resize_embeddings(model, 66).lm_head.weight) == 66
+    adapted = model_of(config, 64, False)
+    add_lora(adapted, LoraConfig(targets=["lm_head"]))
+    with pytest.raises(UsageError, match="adapter"):
+        resize_embeddings(adapted, 66)
+    quantize_model(model, "int8")
+    with pytest.raises(UsageError, match=r"quantized[^\n]*\n.*packed=False") as told:
+        resize_embeddings(model, 66)
+    assert "adapter" not in str(told.value)
 
 
 def test_an_added_token_lives(shape: ModelConfig, tokenizer_folder: Path, tmp_path: Path) -> None:

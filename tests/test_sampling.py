@@ -2,15 +2,19 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from puna.errors import NumericError
 from puna.infer import sampling
 from puna.infer.sampling import Filters, Sampling, penalized, probabilities, sample
 from puna.infer.stopping import StopStrings
+from puna.tokenizer.spm import save_spm
+from puna.tokenizer.tokenizer import Tokenizer
 
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.4, 0.0, -0.5, -1.0, -3.0])
 N = 20000
@@ -126,3 +130,56 @@ def test_a_stop_string_inside_an_id_cuts_the_text_there() -> None:
     watched = StopStrings(["d, a"], lambda ids: "".join(words[i] for i in ids))
     assert [watched.feed(list(range(n + 1))) for n in range(3)] == [False, False, True]
     assert (watched.text, watched.certain) == ("Hello worl", 2)
+
+
+def llama2(assets: Path, folder: Path) -> Tokenizer:
+    save_spm((assets / "tokenizers/llama2/tokenizer.model").read_bytes(), folder)
+    return Tokenizer(folder)
+
+
+@pytest.mark.parametrize("text", ["Hi 🦙🦙🦙. STOP now", "🦙 STOP", "STOP", "é🦙STOP", " a  b STOP", "🦙🦙. STO 🦙P"])
+def test_no_id_before_a_stop_string_is_lost(text: str, assets: Path, tmp_path: Path) -> None:
+    """Llama 2 writes 🦙 in four ids, whose decoded text is three marks, then one character: ids lost before the end."""
+    tokenizer = llama2(assets, tmp_path)
+    ids, stop = tokenizer.encode(text), " STOP" if " STOP" in text else "STOP"
+    watched, told = StopStrings([stop], tokenizer.decode), 0
+    for n in range(1, len(ids) + 1):
+        found = watched.feed(ids[:n])
+        assert told <= watched.certain, "what was told is taken back"
+        told = watched.certain
+        assert found or watched.text == tokenizer.decode(ids[:n])
+        if found:
+            break
+    assert watched.text == (text.partition(stop)[0].rstrip() if stop[0] == " " else text.partition(stop)[0])
+    assert watched.found == (stop in text)
+    kept = ids if not watched.found else ids[: watched.certain]
+    assert tokenizer.decode(kept) == watched.text
+
+
+def test_only_the_end_of_an_answer_is_decoded() -> None:
+    """Every id decoded again at every id: an answer of 8,000 takes minutes."""
+    sizes: list[int] = []
+
+    def watch(ids: Sequence[int]) -> str:
+        sizes.append(len(ids))
+        return decode(ids)
+
+    ids = list(("grün 🦙 " * 40 + "END").encode())
+    watched = StopStrings(["END"], watch)
+    assert [watched.feed(ids[:n]) for n in range(1, len(ids) + 1)].index(True) == len(ids) - 1
+    assert watched.text == "grün 🦙 " * 40
+    assert max(sizes) <= 8
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_no_numbers_are_told(bad: float, temperature: float) -> None:
+    """An id beyond the vocabulary, drawn from NaN, which fails a step later or in the embedding of a GPU."""
+    logits = LOGITS.repeat(3, 1)
+    logits[1] = bad
+    filters = Filters.of([Sampling(temperature=temperature)] * 3, LOGITS.device)
+    with pytest.raises(NumericError, match="text 1 of 3"):
+        sample(logits, filters, [0.5] * 3)
+    logits[1, 1:] = LOGITS[1:]
+    if bad == float("-inf"):  # forbids one id, which is allowed
+        assert sample(logits, filters, [0.5] * 3)[1] > 0

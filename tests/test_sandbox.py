@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from puna.eval import confined, sandbox
 from puna.eval.exam import program
 from puna.eval.sandbox import run_all, run_code
 from puna.eval.sets import read_questions
@@ -17,7 +18,24 @@ MISCHIEF = {
     "an exception": ("assert 1 == 2, 'no'", "AssertionError: no"),
     "no Python": ("def f(:", "SyntaxError"),
     "exit(0) is no success": ("import sys; sys.exit(0)", "SystemExit"),
-    "nor is a harder one": ("import os; os._exit(0)", "ended early"),
+    "nor is a harder one": ("import os; os._exit(0)", "refused: os._exit"),
+    "nor is another's": (
+        "import sys, os\nsys.modules.pop('posix')\nimport posix\nposix._exit(0)",
+        "refused: a new posix",
+    ),
+    "a word of the caller's frame": (
+        "import sys, os\nw = sys._getframe(1).f_locals['word']\nos.write(3, w.encode())\nos._exit(0)",
+        "KeyError",
+    ),
+    "a word of the command line": (
+        (
+            "import os\nw = open('/proc/self/cmdline', 'rb').read().split(b'\\0')[4]\n"
+            "for n in range(3, 9):\n    try: os.write(n, w)\n    except OSError: pass\nos._exit(0)"
+        ),
+        "refused: os._exit",
+    ),
+    "a child without an event": ("import multiprocessing.util as u; u.spawnv_passfds(b'/bin/true', [], [])", "refused"),
+    "nor that": ("import sys; sys.modules.pop('_posixsubprocess', 0); import _posixsubprocess", "refused: a new"),
     "a child": ("import os; os.fork()", "refused: os.fork"),
     "a program": ("import subprocess; subprocess.run(['true'])", "refused: subprocess.Popen"),
     "a shell": ("import os; os.system('true')", "refused: os.system"),
@@ -96,3 +114,27 @@ def test_the_confined_program_imports_nothing_of_ours() -> None:
     source = Path(sys.modules["puna.eval.confined"].__file__ or "").read_text(encoding="utf-8")
     assert "import puna" not in source
     assert "from puna" not in source
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone has a second wall")
+def test_the_system_refuses_where_python_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A way around the audit hook leads to the user's files and the network; walls that are missing go untold."""
+    source = Path(confined.__file__).read_text(encoding="utf-8")
+    hook = "    sys.addaudithook("
+    assert hook in source
+    (tmp_path / "unhooked.py").write_text(source.replace(hook, "    str("), encoding="utf-8")
+    monkeypatch.setattr(confined, "__file__", str(tmp_path / "unhooked.py"))
+    mine = tmp_path / "mine.txt"
+    sandbox.warn_missing.cache_clear()
+    wrote, connected = run_all([
+        f"open({str(mine)!r}, 'w').write('x')",
+        "import socket\nassert [name for _, name in socket.if_nameindex()] != ['lo'], 'no devices'",
+    ])  # fmt: skip
+    if "Landlock" not in caplog.text:
+        assert "PermissionError" in wrote.why
+        assert not mine.exists()
+    if "namespaces" not in caplog.text:
+        assert "no devices" in connected.why
+    assert wrote.passed == mine.exists()

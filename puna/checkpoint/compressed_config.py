@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from puna.errors import CheckpointError, UsageError
 from puna.lora import simple_pattern
-from puna.ops.packed import Packed
-from puna.quant.rounding import Activations
+from puna.ops.packed import Activations, Packed
 
 PACKED, INTEGERS, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 _SIZES = (0, 32, 64, 128, 256)

@@ -1,5 +1,6 @@
-"""Packed weights as compressed-tensors lays them: what transformers, vLLM and llm-compressor read and write.
+"""Packed weights as compressed-tensors lays them: what transformers and llm-compressor read and write.
 
+transformers was tried; vLLM names the same layouts, and was not.
 `pack-quantized`: int32 words of consecutive codes from the low bits up, each code with half of its range added;
 `int-quantized`: int8. Scales are (out, groups), of whole rows (out, 1).
 """
@@ -15,6 +16,9 @@ from puna.errors import CheckpointError, UsageError
 from puna.ops.nibbles import unpack_nibbles
 from puna.ops.packed import Packed
 from puna.quant.rounding import packed_from
+from puna.quant.schemes import Kind
+
+_SCALES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def tensors_of(name: str, packed: Packed) -> dict[str, Tensor]:
@@ -42,6 +46,8 @@ def opened(parts: Mapping[str, Weight], group: Group, shape: tuple[int, int], wh
         CheckpointError: parts that are missing, too many, or of another shape.
     """
     rows, columns = shape
+    if problem := Kind(group.bits, group.size).problem(columns):
+        raise CheckpointError(problem, where=where, cause="damage, or a scheme that puna does not compute")
     scales = ((rows, columns // group.size if group.size else 1), None)
     wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {"weight_scale": scales}
     if "weight_packed" in parts:
@@ -54,6 +60,7 @@ def opened(parts: Mapping[str, Weight], group: Group, shape: tuple[int, int], wh
     fits = {
         n: n in parts and parts[n].shape == s and dtype in (None, parts[n].dtype) for n, (s, dtype) in wanted.items()
     }
+    fits["weight_scale"] &= "weight_scale" in parts and parts["weight_scale"].dtype in _SCALES
     if wrong := [n for n in fits if not fits[n]] + sorted(parts.keys() - wanted.keys()):
         raise CheckpointError(
             f"{wrong[0]} is missing, of another kind, or not known", where=where,
@@ -63,8 +70,10 @@ def opened(parts: Mapping[str, Weight], group: Group, shape: tuple[int, int], wh
     def read() -> Packed:
         if "weight" in parts:
             codes = parts["weight"].read()
-        else:
+        elif (told := parts["weight_shape"].read().tolist()) == list(shape):
             codes = unpack_words(parts["weight_packed"].read(), group.bits)
+        else:
+            raise CheckpointError(f"weight_shape says {told}, the config {list(shape)}", where=where, cause="damage")
         return packed_from(
             codes, _finite(parts["weight_scale"].read(), where), group.bits, group.size or columns, group.activations
         )

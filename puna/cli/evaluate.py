@@ -14,7 +14,7 @@ from puna.errors import DataError, UsageError
 _TASKS = (
     'Names of `puna ls tasks`, olmes:TASK/FORM, requests.jsonl; reasoning-gym: a,b or "{chain_sum: {max_terms: 2}}".'
 )
-_RUN_CODE = "Run the code the model writes, confined; humaneval needs it."
+_RUN_CODE = "Run the code the model writes; humaneval needs it. Confined: your files can be read, nothing leaves."
 
 
 def register(app: typer.Typer) -> None:
@@ -49,8 +49,10 @@ def evaluate(
         raise UsageError("nothing to measure", fix="--tasks arc_easy, or --text FILE")
     from puna.config import load_config, nearest_path, parse_words
     from puna.eval.exam import prepare
+    from puna.eval.reader import room_for
+    from puna.eval.scorecard import check_shards
     from puna.eval.table import TASKS
-    from puna.eval.tasks import TaskConfig, check_tasks
+    from puna.eval.tasks import TaskConfig
     from puna.infer.llama import load
     from puna.infer.sampling import Sampling
 
@@ -59,16 +61,21 @@ def evaluate(
     config = load_config(TaskConfig, given={**given, "max_tokens": max_tokens or 24, "batch_size": batch_size})
     sets = [name for name in config.tasks if name in TASKS or _is_requests(name)]
     config = config.model_copy(update={"tasks": {k: v for k, v in config.tasks.items() if k not in sets}})
-    _check(sets, list(config.tasks), run_code)
-    check_tasks(config.tasks)
+    _check_code(sets, run_code)
+    _check_names(config.tasks)
     if text is not None and not text.is_file():
         raise DataError("no such file" + nearest_path(text), where=text)
     if samples > 1 and not temperature:
         raise UsageError(f"{samples} samples at temperature 0 are all the same", fix="--temperature 0.8")
     exams = [prepare(name, data, limit, shots, seed, max_tokens) for name in sets]
+    _check_options(exams, list(config.tasks), shards, output, samples)
     sampling = Sampling(n=samples, temperature=temperature, seed=seed)
     llamas = [load(name, dtype=dtype, packed="auto") for name in (model, against) if name]
-    texts = [_text(llamas[0], text)] if text else []
+    for length in (llama.model.config.max_seq_len for llama in llamas):
+        room_for(max((exam.max_tokens for exam in exams), default=0), length)
+    if shards:
+        check_shards(shards, llamas[0].tokenizer)
+    texts = [_text(llama, text) for llama in llamas] if text else []
     measured = _exams(llamas, exams, sampling, batch_size, shards, ngram, output)
     results = []
     for row in chain(texts, _procedural(llamas, config), measured):
@@ -83,18 +90,46 @@ def _is_requests(name: str) -> bool:
     return name.startswith("olmes:") or name.endswith((".jsonl", ".jsonl.gz"))
 
 
-def _check(sets: list[str], others: list[str], run_code: bool) -> None:
-    """What can be told before anything is loaded."""
-    from puna.config import nearest
+def _check_code(sets: list[str], run_code: bool) -> None:
     from puna.eval.table import TASKS
 
-    for name in others:
-        if near := nearest(name, list(TASKS)):
-            raise UsageError(f"no task `{name}`{near}", fix="puna ls tasks")
     code = [name for name in sets if name in TASKS and TASKS[name].kind == "code"]
     if code and not run_code:
         raise UsageError(f"{code[0]} runs what the model writes", cause="code of a model may do anything",
                          fix="--run-code, best on a machine with nothing to lose")  # fmt: skip
+
+
+def _check_names(tasks: Any) -> None:
+    """reasoning-gym's own names come before slips in ours."""
+    from puna.config import nearest
+    from puna.eval.table import TASKS
+    from puna.eval.tasks import check_tasks
+
+    for name, settings in tasks.items():
+        try:
+            check_tasks({name: settings})
+        except (DataError, UsageError) as error:
+            known = isinstance(error, UsageError) and not error.what.startswith("no reasoning-gym task")
+            if known or not (near := nearest(name, list(TASKS))):
+                raise
+            raise UsageError(f"no task `{name}`{near}", fix="puna ls tasks") from None
+
+
+def _check_options(exams: list[Any], others: list[str], shards: Path | None, output: Path | None, samples: int) -> None:
+    """Nothing that was asked for is dropped, and nothing fails after the last answer that could fail before it."""
+    from puna.eval.contamination import tokenizer_of_shards
+    from puna.files import make_folder
+
+    for option, given in (("--shards", shards), ("--output", output)):
+        if given and (others or not exams):
+            what = f"for {others[0]}" if others else "without --tasks"
+            raise UsageError(f"{option} does nothing {what}", fix="tasks of `puna ls tasks`, in a call of their own")
+    for name in [exam.name for exam in exams if exam.kind != "code"] + others if samples > 1 else []:
+        raise UsageError(f"--samples does nothing for {name}", cause="pass@k is of code", fix="--tasks humaneval")
+    if output:
+        make_folder(output)
+    if shards:
+        tokenizer_of_shards(shards)
 
 
 def _procedural(llamas: list[Any], config: Any) -> Iterator[dict[str, Any]]:
@@ -162,4 +197,10 @@ def _text(llama: Any, path: Path) -> dict[str, Any]:
     if not text:
         raise DataError("is empty", where=path)
     bits, perplexity, tokens = text_bits_per_byte(llama.model, llama.tokenizer, text)
-    return {"text": str(path), "bits_per_byte": bits, "perplexity": perplexity, "tokens": tokens}
+    return {
+        "text": str(path),
+        "model": str(llama.path),
+        "bits_per_byte": bits,
+        "perplexity": perplexity,
+        "tokens": tokens,
+    }

@@ -1,5 +1,7 @@
 """A quantized model directory with a certificate: what the rounding did, measured on what was written."""
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puna.checkpoint.model_directory import save_model
+from puna.checkpoint.model_directory import check_folder_name, save_model
 from puna.checkpoint.quantized import packed_tensors
 from puna.checkpoint.registry import find_model, open_model
+from puna.device import choose_device, require_memory
 from puna.errors import DataError, UsageError
 from puna.eval.parity.material import PROMPTS, TEXT
 from puna.eval.parity.observe import Observed, apart, observe, same_answers
 from puna.files import as_path, atomic_folder, write_json
 from puna.infer.llama import Llama, load
 from puna.lineage import lineage
-from puna.log import Progress
+from puna.log import Progress, log
 from puna.model.config import count_parameters
-from puna.ops.packed import Packed
 from puna.ops.packed_layers import packed_layers
 from puna.quant.gptq import gptq
 from puna.quant.quantize import pack_layers, planned
@@ -50,20 +52,23 @@ def quantize(
         The certificate, which lies in `target` as certificate.json as well.
 
     Raises:
-        UsageError: `target` exists, or a scheme that the model cannot have. CheckpointError: no model.
+        UsageError: `target` exists or has the name of a file, or a scheme that the model cannot have.
+        CheckpointError: no model. ResourceError: memory does not hold its weights in fp32.
     """
     target, to = as_path(target), scheme(name, group, compact)
+    check_folder_name(target)
     if target.exists():
         raise UsageError("exists already", where=target, fix="another folder, or remove that one first")
-    found = find_model(source)
+    stored = open_model(found := find_model(source))
+    parameters = count_parameters(stored.config)  # of a tied head once
+    require_memory(4 * parameters, choose_device())
+    if stored.quantized:
+        log.warning("weights: %s, rounded anew: all that follows is measured against those, not against what they "
+                    "were made from", stored.storage)  # fmt: skip
     before = load(found, "fp32")
-    planned(before.model, to)
-    sizes = {
-        "before": sum(file.stat().st_size for file in open_model(found).files),
-        "bf16": 2 * count_parameters(before.model.config),  # of a tied head once
-    }
-    first = _observed(before, prompts, max_tokens, text)
     plan = planned(before.model, to)
+    sizes = {"before": sum(file.stat().st_size for file in stored.files), "bf16": 2 * parameters}
+    first = observe(before, prompts, max_tokens, text)
     with Progress("quantizing", len(plan)) as bar:
 
         def told_of(layer: str) -> None:
@@ -73,21 +78,25 @@ def quantize(
             blocks = {name: plan.pop(name) for name in list(plan) if name.startswith("layers.")}
             gptq(before.model, blocks, _windows(before, calibration), told_of)
         pack_layers(before.model, plan, told_of)
-    made_from = lineage("quantize", [found], scheme=name, group=to.linears.group)
+    told = {
+        "scheme": name, "group": to.linears.group, "compact": compact, "calibrated": bool(calibration),
+        "storage": stored.storage, "torch": torch.__version__, "max_tokens": max_tokens,
+        "sha256": {"text": _hash(text), "calibration": _hash(calibration), "prompts": _hash(json.dumps(list(prompts)))},
+    }  # fmt: skip
+    made_from = lineage("quantize", [found], **told)
     with atomic_folder(target) as folder:
         parts = packed_tensors(before.model, torch.bfloat16, to.nested)
         save_model(folder, before.model, before.tokenizer, "bf16", made_from, before.stop_ids, parts)
         del before, parts
         after = load(folder, "fp32", packed=True)
-        second = _observed(after, prompts, max_tokens, text, first)
-        told = {"scheme": name, "group": to.linears.group, "compact": compact, "calibrated": bool(calibration)}
+        second = observe(after, prompts, max_tokens, text, rows=first.rows)
         certificate = {**told, **_sizes(after, sizes), **_differences(first, second, len(text.encode()))}
         write_json(folder / CERTIFICATE, {"format": 1, "source": str(source), **certificate})
     return certificate
 
 
 def _windows(llama: Llama, text: str) -> Tensor:
-    """(N, T) ids of a text: as many windows as 16,384 ids are."""
+    """(N, T) ids of a text: as many windows as 8,192 ids are."""
     length = min(512, llama.model.config.max_seq_len)
     ids = llama.encode(text)[: _CALIBRATION // length * length]
     if len(ids) < length:
@@ -102,6 +111,7 @@ def table(certificate: dict[str, Any]) -> dict[str, str]:
     share = perplexity["after"] / perplexity["before"] - 1
     return {
         "scheme": f"{certificate['scheme']}, {scale}" + ", calibrated" * certificate["calibrated"],
+        "source": certificate["storage"],
         "size": f"{size['after'] / 1e6:,.1f} MB of {size['before'] / 1e6:,.1f} ({size['bf16'] / 1e6:,.1f} in bf16)",
         "bits": f"{certificate['bits']:.2f} a weight where packed",
         "perplexity": f"{perplexity['before']:.3f} -> {perplexity['after']:.3f} ({share:+.2%}) on "
@@ -113,21 +123,15 @@ def table(certificate: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _observed(
-    llama: Llama, prompts: Sequence[str], max_tokens: int, text: str, first: Observed | None = None
-) -> Observed:
-    return observe(llama, prompts, max_tokens, text, rows=first and first.rows)
+def _hash(text: str) -> str | None:
+    return hashlib.sha256(text.encode()).hexdigest() if text else None
 
 
 def _sizes(after: Llama, sizes: dict[str, int]) -> dict[str, Any]:
     packed = [layer.packed for layer in packed_layers(after.model).values()]
-    bits = sum(8 * _nbytes(weight) for weight in packed) / sum(math.prod(weight.shape) for weight in packed)
+    bits = sum(8 * weight.nbytes for weight in packed) / sum(math.prod(weight.shape) for weight in packed)
     written = sum(file.stat().st_size for file in after.path.glob("*.safetensors"))
     return {"bits": bits, "bytes": {**sizes, "after": written}}
-
-
-def _nbytes(packed: Packed) -> int:
-    return packed.codes.nbytes + packed.scales.nbytes + (packed.mins.nbytes if packed.mins is not None else 0)
 
 
 def _differences(first: Observed, second: Observed, text_bytes: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A task from beginning to end: questions asked of a model, answers judged, a score with what it was made of."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Exam:
     stop: tuple[str, ...] = ()
     max_tokens: int = 0
     shots: int = 0
+    seed: int | None = None
+    """Chose the examples; none where a file has them."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,6 @@ class Answered:
     """A question with what was answered and what that is worth."""
 
     question: Question
-    plain: Question
     values: Values
     told: dict[str, Any]
     """The answer, as it is written to a file."""
@@ -54,6 +55,10 @@ class Marks:
 
     exam: Exam
     answers: list[Answered]
+    cut: int = 0
+    """Texts that lost their beginning: they were longer than what the model reads."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What else the answers depend on: the model, how it was computed, how answers were drawn."""
 
     def measured(self, places: Sequence[int] | None = None) -> list[Measured]:
         """Metrics over all answers, or those at `places`."""
@@ -76,7 +81,7 @@ def prepare(
     asked = read_questions(name, task, folder, limit, shots, seed)
     if not asked.questions:
         raise DataError("no questions", where=name)
-    return Exam(name, task.kind, asked, task.stop, max_tokens or task.max_tokens, shots)
+    return Exam(name, task.kind, asked, task.stop, max_tokens or task.max_tokens, shots, seed)
 
 
 def sit(exam: Exam, reader: Reader, sampling: Sampling | None = None) -> Marks:
@@ -85,7 +90,8 @@ def sit(exam: Exam, reader: Reader, sampling: Sampling | None = None) -> Marks:
     Args:
         sampling: temperature, seed and n of written answers; by default the likeliest answer, once.
     """
-    questions = exam.asked.questions
+    questions, cut = exam.asked.questions, reader.cut
+    sampling = sampling or Sampling()
     if exam.kind == "choice":
         judged = _choices(exam, reader)
     elif exam.kind == "cloze":
@@ -94,9 +100,17 @@ def sit(exam: Exam, reader: Reader, sampling: Sampling | None = None) -> Marks:
             found = reader.likelihoods(asked, progress.update)
         judged = [(of_one(q, f), {"logprob": f.total}) for q, f in zip(questions, found, strict=True)]
     else:
-        judged = _written(exam, reader, sampling or Sampling())
-    rows = zip(questions, exam.asked.plain, judged, strict=True)
-    return Marks(exam, [Answered(q, plain, values, told) for q, plain, (values, told) in rows])
+        judged = _written(exam, reader, sampling)
+    answers = [Answered(q, values, told) for q, (values, told) in zip(questions, judged, strict=True)]
+    return Marks(exam, answers, reader.cut - cut, {**reader.about, **_drawn(exam, sampling)})
+
+
+def _drawn(exam: Exam, sampling: Sampling) -> dict[str, Any]:
+    """How written answers were drawn."""
+    if exam.kind in ("choice", "cloze"):
+        return {"seed": exam.seed}
+    drawn = {"temperature": sampling.temperature, "samples": sampling.n, "max_tokens": exam.max_tokens}
+    return {"seed": exam.seed, **drawn, "sampling_seed": sampling.seed}
 
 
 def _choices(exam: Exam, reader: Reader) -> list[tuple[Values, dict[str, Any]]]:

@@ -61,8 +61,17 @@ def as_lm(llama: Llama, *, batch: int = 32, max_gen_toks: int = 256) -> Any:
             return [answers[place] for place in range(len(requests))]
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            if not add_generation_prompt:
+                raise UsageError("an answer that the task begins", cause="the model's template closes every turn",
+                                 fix="a task without gen_prefix, or without --apply_chat_template")  # fmt: skip
             ids = llama.template.prompt(chat_history)
             return llama.tokenizer.decode(ids, special=True)
+
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            """What lm-eval notes of the template: the text that one exchange becomes."""
+            if chat_template is False:
+                return ""
+            return self.apply_chat_template([{"role": "user", "content": "{content}"}])
 
     def _alike(asked: Sequence[Mapping[str, Any]]) -> list[tuple[Sampling, list[int]]]:
         """Places of requests that are sampled alike."""

@@ -51,19 +51,39 @@ def read_requests(file: Path, limit: int | None = None) -> Asked:
             raise DataError("a row that is not a request", where=file, fix="rows with doc_id, request, label") from None
     chosen = list(documents)[:limit]
     questions = [_question(number, documents[number], alone.get(number, ()), file) for number in chosen]
-    return Asked(questions, questions, fingerprint([file]))
+    return Asked(questions, fingerprint([file]))
 
 
 def _question(number: int, rows: list[Mapping[str, Any]], alone: Iterable[Mapping[str, Any]], file: Path) -> Question:
     try:
+        rows, alone = (sorted(each, key=lambda row: int(row.get("idx", 0))) for each in (rows, alone))
         asked = [row["request"] for row in rows]
-        label = rows[0].get("label")
+        if alone and len(alone) != len(rows):
+            what = f"request {number} has {len(rows)} answers, and {len(alone)} of them without the question"
+            raise DataError(what, where=file, fix="a whole file")
+        gold = _gold(rows[0].get("label"), len(asked), number, file)
         return Question(
             str(rows[0].get("native_id", number)),
             tuple(each["context"] for each in asked),
             tuple(each["continuation"] for each in asked),
-            gold=label if isinstance(label, int) and len(asked) > 1 else 0,
+            gold=gold,
+            raw=_last(asked[gold]["context"]) + asked[gold]["continuation"],
             alone=tuple(row["request"]["context"] for row in alone),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"request {number} has no {error}", where=file, fix="likelihood requests") from None
+
+
+def _last(context: str) -> str:
+    """The question behind the examples; of a question in paragraphs the last one, too."""
+    return context.rpartition("\n\n")[2]
+
+
+def _gold(label: Any, answers: int, number: int, file: Path) -> int:
+    """Which answer is right; of one answer alone that is the one, whatever its label."""
+    if answers == 1:
+        return 0
+    if not str(label).isdecimal() or int(label) >= answers:
+        raise DataError(f"request {number} has the label {label!r} for {answers} answers", where=file,
+                        fix="the place of the right answer, from 0")  # fmt: skip
+    return int(label)

@@ -24,6 +24,8 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, max_seq_len: int, *, special: bool = False):
         self.tokenizer, self.special = tokenizer, special
         self.room = max_seq_len + 1  # the last id is predicted, never read
+        self.cut = 0
+        """How many contexts have lost their beginning."""
         bos = tokenizer.named_id("bos_token")
         self.prefix = tokenizer.eos_id if bos is None else bos
         """Stands before a text that has no context: BOS, or EOS where there is none."""
@@ -74,7 +76,9 @@ class Encoder:
         """The end of both that the model can read; of the context at least one id stays."""
         if len(continuation) >= self.room:
             raise DataError(f"an answer of {len(continuation)} tokens", cause=f"the model reads {self.room - 1}")
-        return Pair(context[-(self.room - len(continuation)) :], continuation)
+        room = self.room - len(continuation)
+        self.cut += len(context) > room
+        return Pair(context[-room:], continuation)
 
     def _begun(self, row: list[int]) -> list[int]:
         bos = self.tokenizer.bos_id

@@ -21,12 +21,15 @@ class Question:
     """The subject, where a task has several."""
     alone: tuple[str, ...] = ()
     """The same continuations may also be scored after these: what they are worth without the question."""
+    raw: str = ""
+    """Question and right answer in the words of the set, without template, choices and examples: what must not have
+    been trained on."""
     row: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """The data it was made of: what a written answer is checked against."""
 
     @property
     def solved(self) -> str:
-        """Question and right answer: an example for others, and what must not have been trained on."""
+        """Question and right answer: an example for others."""
         return self.contexts[self.gold] + self.continuations[self.gold]
 
     def after(self, examples: str) -> "Question":

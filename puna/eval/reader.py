@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from puna.errors import UsageError
 from puna.eval.pairs import Encoder
 from puna.infer.engine import Engine
 from puna.infer.llama import Llama
@@ -13,6 +14,18 @@ from puna.infer.sampling import Sampling
 Progress = Callable[[int], None]
 """Told how many are done."""
 _AT_ONCE = 256  # texts between two reports of progress: what neighbours share is still in the cache
+
+
+def room_for(max_tokens: int, max_seq_len: int) -> int:
+    """How many ids of a question a model can read before an answer of `max_tokens`.
+
+    Raises:
+        UsageError: none.
+    """
+    if max_tokens >= max_seq_len:
+        raise UsageError(f"answers of {max_tokens} tokens leave no room for a question",
+                         cause=f"the model reads {max_seq_len}", fix=f"--max-tokens {max_seq_len // 2}")  # fmt: skip
+    return max_seq_len - max_tokens
 
 
 class Reader:
@@ -25,10 +38,17 @@ class Reader:
 
     def __init__(self, llama: Llama, *, special: bool = False, batch: int = 32, chunk: int = 512):
         self.stop_ids, self.max_seq_len = tuple(llama.stop_ids), llama.model.config.max_seq_len
+        self.about = {"model": str(llama.path), "dtype": str(llama.model.compute_dtype).removeprefix("torch.")}
+        """What its answers depend on, besides what is asked."""
         self.encoder = Encoder(llama.tokenizer, self.max_seq_len, special=special)
         # behind a letter: a tokenizer may drop the space that a text begins with, and Python's first line has four
         self.decode = partial(llama.tokenizer.decode_after, llama.tokenizer.encode("a"))
         self.engine = Engine(llama.model, decode=self.decode, batch=batch, chunk=chunk)
+
+    @property
+    def cut(self) -> int:
+        """How many texts have lost their beginning, so far."""
+        return self.encoder.cut
 
     def likelihoods(self, asked: Sequence[tuple[str, str]], progress: Progress | None = None) -> list[Likelihood]:
         """log p(continuation | context) in nats for each (context, continuation)."""
@@ -47,10 +67,18 @@ class Reader:
 
     def write(self, prompts: Sequence[str], sampling: Sampling, progress: Progress | None = None) -> list[list[str]]:
         """`sampling.n` continuations of each prompt, ended before a stop string or a stop id. Prompts that are too
-        long lose their beginning."""
-        room = max(1, self.max_seq_len - sampling.max_tokens)
+        long lose their beginning, which `cut` counts. Prompt i has the seeds `sampling.seed + i * n` and on: one asked
+        again is sampled again.
+
+        Raises:
+            UsageError: see `room_for`.
+        """
+        room = room_for(sampling.max_tokens, self.max_seq_len)
+        rows = self.encoder.batch(prompts)
+        self.encoder.cut += sum(len(ids) > room for ids in rows)
         asked = replace(sampling, stop_ids=(*sampling.stop_ids, *self.stop_ids))
-        requests = [Request(ids[-room:], asked) for ids in self.encoder.batch(prompts)]
+        seeds = range(sampling.seed, sampling.seed + len(rows) * sampling.n, sampling.n)
+        requests = [Request(ids[-room:], replace(asked, seed=seed)) for ids, seed in zip(rows, seeds, strict=True)]
         done = 0
 
         def count(event: object) -> None:

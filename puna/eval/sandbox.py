@@ -4,22 +4,26 @@ A process of its own in an empty folder, without environment, input or output; l
 open files; a time limit after which the whole process group is killed. Inside, audit hooks refuse to start processes,
 to touch files elsewhere, and to open connections. On Linux the system refuses the same once more, where it allows: a
 network namespace without devices, a process namespace that dies with its first process, Landlock for files.
-This stops accidents and the usual mischief. It is no wall against an attacker: use a virtual machine for that.
+Files of the user can be read: code that finds a key cannot send it anywhere, but it can print it into an answer.
+This stops accidents and the usual mischief. It is no wall against an attacker: use a virtual machine for that. Nor can
+a pass be proven where code and test share a process: an answer that equals everything passes any test, and code that
+rewrites the interpreter around it may. Ending early, by whatever exit, is no pass.
 """
 
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from puna.errors import UsageError
 from puna.eval import confined
+from puna.log import log
 
 SECONDS = 5.0
 MEMORY = 1 << 30
@@ -46,18 +50,9 @@ def run_code(program: str, seconds: float = SECONDS, memory: int = MEMORY) -> Ou
     if os.name != "posix":
         raise UsageError("code of a model runs only where processes can be limited", cause="not a POSIX system",
                          fix="Linux, macOS or WSL")  # fmt: skip
-    word = secrets.token_hex(16)  # only who reaches the last line says it: exit(0) is no success
     with tempfile.TemporaryDirectory(prefix="puna-") as folder:
-        command = [
-            sys.executable,
-            "-I",
-            "-S",
-            confined.__file__,
-            word,
-            folder,
-            str(memory),
-            str(max(1, round(seconds))),
-        ]
+        limits = (str(memory), str(max(1, round(seconds))))
+        command = [sys.executable, "-I", "-S", confined.__file__, folder, *limits]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={"PATH": "/usr/bin:/bin", "HOME": folder}, cwd=folder, start_new_session=True,
@@ -69,8 +64,9 @@ def run_code(program: str, seconds: float = SECONDS, memory: int = MEMORY) -> Ou
         finally:
             _end(process)
             _may_be_removed(Path(folder))
-    said = out.decode("utf-8", "replace")
-    if said == word and process.returncode == 0:
+    walls, _, said = out.decode("utf-8", "replace").partition("\n")
+    _tell_missing(walls.split())
+    if process.returncode == 0 and not said:
         return Outcome(True)
     return Outcome(False, _why(said, process.returncode))
 
@@ -79,6 +75,17 @@ def run_all(programs: list[str], seconds: float = SECONDS, memory: int = MEMORY,
     """Several programs, a few at a time."""
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda program: run_code(program, seconds, memory), programs))
+
+
+@cache
+def warn_missing(name: str) -> None:
+    log.warning("code of a model runs without %s: only Python itself refuses what it must not do", name)
+
+
+def _tell_missing(walls: list[str]) -> None:
+    for name in ("namespaces", "Landlock"):
+        if name not in walls:
+            warn_missing(name)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -100,5 +107,5 @@ def _why(said: str, code: int) -> str:
     if said:
         return said[:_SAID]
     if code < 0 or code > 128:
-        return f"killed by {signal.Signals(-code if code < 0 else code - 128).name}"
+        return f"killed: {signal.strsignal(-code if code < 0 else code - 128) or code}"
     return f"ended early, exit {code}"

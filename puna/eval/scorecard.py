@@ -14,11 +14,11 @@ from puna.tokenizer.tokenizer import Tokenizer
 
 
 def scorecard(marks: Marks) -> dict[str, Any]:
-    """{"task", "n", "shots", "data", "metrics": {name: {"value", "low", "high", "definition"}}}."""
+    """{"task", "n", "shots", "data", "cut", "model", ..., "metrics": {name: {"value", "low", "high", "definition"}}}"""
     exam = marks.exam
     metrics = {each.metric: {**interval(each), "definition": each.about} for each in marks.measured()}
     return {"task": exam.name, "n": len(marks.answers), "shots": exam.shots, "data": exam.asked.fingerprint,
-            "metrics": metrics}  # fmt: skip
+            "cut": marks.cut, **marks.settings, "metrics": metrics}  # fmt: skip
 
 
 def interval(measured: Measured) -> dict[str, float | None]:
@@ -33,16 +33,25 @@ def gain_over(marks: Marks, other: Marks) -> dict[str, Any]:
     return {"metric": found.metric, **interval(found)}
 
 
-def contamination(marks: Marks, shards: Path, tokenizer: Tokenizer, n: int) -> dict[str, Any]:
-    """How much of the questions (with the right answers) lies in the shards, and the scores of Llama 2's subsets.
+def check_shards(shards: Path, tokenizer: Tokenizer) -> None:
+    """Raise for what `contamination` could not read.
 
     Raises:
-        DataError: the ids of the shards are those of another tokenizer.
+        DataError: no shards, or their ids are those of another tokenizer.
     """
     if tokenizer_of_shards(shards) != tokenizer.fingerprint:
         raise DataError("ids of another tokenizer", where=shards, cause="shards of another model",
                         fix="the shards this model was trained on")  # fmt: skip
-    shares = contaminated(tokenizer.encode_batch([each.plain.solved for each in marks.answers]), shards, n)
+
+
+def contamination(marks: Marks, shards: Path, tokenizer: Tokenizer, n: int) -> dict[str, Any]:
+    """How much of the questions (with the right answers) lies in the shards, and the scores of Llama 2's subsets.
+
+    Raises:
+        DataError: see `check_shards`.
+    """
+    check_shards(shards, tokenizer)
+    shares = contaminated(tokenizer.encode_batch([each.question.raw for each in marks.answers]), shards, n)
     sets = {}
     for name, places in subsets(shares).items():
         sets[name] = {"n": len(places)}
@@ -54,10 +63,11 @@ def contamination(marks: Marks, shards: Path, tokenizer: Tokenizer, n: int) -> d
 
 
 def write_answers(folder: Path, marks: Marks) -> Path:
-    """One line a question: what was asked, answered and right. The file's path."""
+    """One line a question: what was asked, answered and right, and what all of it depends on. The file's path."""
     make_folder(folder)
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in marks.exam.name)
     file = folder / f"{name}.jsonl"
-    rows = (json.dumps(each.row(number), ensure_ascii=False) for number, each in enumerate(marks.answers))
+    answers = (each.row(number) | {"settings": marks.settings} for number, each in enumerate(marks.answers))
+    rows = (json.dumps(row, ensure_ascii=False) for row in answers)
     write_text(file, "".join(row + "\n" for row in rows))
     return file

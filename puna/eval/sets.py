@@ -31,8 +31,6 @@ class Asked:
 
     questions: list[Question]
     """With the examples before them."""
-    plain: list[Question]
-    """The same without."""
     fingerprint: str
     """Changes with any byte of the data."""
 
@@ -56,7 +54,7 @@ def read_questions(
         raise DataError(f"{name} has {len(pool)} questions to take {shots} examples from", fix="fewer --shots")
     headers = {q.group: task.header(q.group) for q in plain} if task.header else None
     asked = with_shots(plain, pool, shots, seed, itself=known == tested, first=task.first_shots, headers=headers)
-    return Asked(asked, plain, fingerprint([file for _, file in files]))
+    return Asked(asked, fingerprint([file for _, file in files]))
 
 
 def fingerprint(files: Sequence[Path]) -> str:

@@ -13,29 +13,32 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 def arc(row: Row) -> Question:
     texts, gold = _choices(row)
-    return choice(row["id"], f"Question: {row['question']}\nAnswer:", texts, gold)
+    raw = _raw(row["question"], texts[gold])
+    return choice(row["id"], f"Question: {row['question']}\nAnswer:", texts, gold, raw=raw)
 
 
 def lettered_arc(row: Row) -> Question:
-    return _lettered(row["id"], f"Question: {row['question']}\n", *_choices(row))
+    return _lettered(row["id"], row["question"], *_choices(row))
 
 
 def openbookqa(row: Row) -> Question:
     texts, gold = _choices(row)
-    return choice(row["id"], row["question_stem"], texts, gold)
+    return choice(row["id"], row["question_stem"], texts, gold, raw=_raw(row["question_stem"], texts[gold]))
 
 
 def lettered_openbookqa(row: Row) -> Question:
-    return _lettered(row["id"], f"Question: {row['question_stem']}\n", *_choices(row))
+    return _lettered(row["id"], row["question_stem"], *_choices(row))
 
 
 def commonsense_qa(row: Row) -> Question:
     texts, gold = _choices(row)
-    return _exam(row["id"], f"Question: {row['question'].strip()}", texts, gold)
+    question = row["question"].strip()
+    return _exam(row["id"], f"Question: {question}", texts, gold, raw=_raw(question, texts[gold]))
 
 
 def mmlu(row: Row) -> Question:
-    return _exam("", row["question"].strip(), row["choices"], int(row["answer"]), group=row["subject"])
+    question, texts, gold = row["question"].strip(), row["choices"], int(row["answer"])
+    return _exam("", question, texts, gold, raw=_raw(question, texts[gold]), group=row["subject"])
 
 
 def mmlu_header(subject: str) -> str:
@@ -45,30 +48,34 @@ def mmlu_header(subject: str) -> str:
 
 
 def hellaswag(row: Row) -> Question:
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    story, gold = f"{row['ctx_a']} {row['ctx_b'].capitalize()}", int(row["label"])
+    context = _without_brackets(f"{row['activity_label']}: {story}")
     endings = [_without_brackets(ending) for ending in row["endings"]]
-    return choice(row["ind"], _without_brackets(context), endings, int(row["label"]))
+    return choice(row["ind"], context, endings, gold, raw=_raw(_without_brackets(story), endings[gold]))
 
 
 def piqa(row: Row) -> Question:
-    return choice("", f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
+    texts, gold = [row["sol1"], row["sol2"]], int(row["label"])
+    return choice("", f"Question: {row['goal']}\nAnswer:", texts, gold, raw=_raw(row["goal"], texts[gold]))
 
 
 def winogrande(row: Row) -> Question:
     """The end of the sentence after each way to fill the blank (Trinh and Le 2018)."""
     before, _, after = row["sentence"].partition("_")
-    filled = (before + row["option1"], before + row["option2"])
-    return Question("", filled, (f" {after.strip()}",) * 2, int(row["answer"]) - 1)
+    filled, gold = (before + row["option1"], before + row["option2"]), int(row["answer"]) - 1
+    return Question("", filled, (f" {after.strip()}",) * 2, gold, raw=_raw(filled[gold], after.strip()))
 
 
 def boolq(row: Row) -> Question:
     right = row["answer"] if "answer" in row else row["label"]
-    return choice("", f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], int(right))
+    context, raw = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", _raw(row["passage"], row["question"])
+    return choice("", context, ["no", "yes"], int(right), raw=raw)
 
 
 def sciq(row: Row) -> Question:
     choices = [row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"]]
-    return choice("", f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", choices, 3)
+    context = f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:"
+    return choice("", context, choices, 3, raw=_raw(row["question"], row["correct_answer"]))
 
 
 def lambada(row: Row) -> Question:
@@ -77,15 +84,21 @@ def lambada(row: Row) -> Question:
         context, _, word = row["text"].rpartition(" ")
     else:
         context, word = row["context"], row["continuation"].strip()
-    return choice("", context, [word], 0)
+    return choice("", context, [word], 0, raw=_raw(context, word))
 
 
 def gsm8k(row: Row) -> Question:
-    return choice("", f"Question: {row['question']}\nAnswer:", [row["answer"]], 0, row=row)
+    return choice("", f"Question: {row['question']}\nAnswer:", [row["answer"]], 0,
+                  raw=_raw(row["question"], row["answer"]), row=row)  # fmt: skip
 
 
 def humaneval(row: Row) -> Question:
-    return Question(row["task_id"], (row["prompt"],), (row["canonical_solution"],), row=row)
+    prompt, solution = row["prompt"], row["canonical_solution"]
+    return Question(row["task_id"], (prompt,), (solution,), raw=prompt + solution, row=row)
+
+
+def _raw(question: str, answer: str) -> str:
+    return f"{question} {answer}"
 
 
 def _choices(row: Row) -> tuple[Sequence[str], int]:
@@ -94,7 +107,8 @@ def _choices(row: Row) -> tuple[Sequence[str], int]:
 
 def _lettered(id: Any, question: str, texts: Sequence[str], gold: int) -> Question:
     lines = "".join(f" {letter}. {text}\n" for letter, text in zip(LETTERS, texts, strict=False))
-    return choice(id, f"{question}{lines}Answer:", LETTERS[: len(texts)], gold)
+    context = f"Question: {question}\n{lines}Answer:"
+    return choice(id, context, LETTERS[: len(texts)], gold, raw=_raw(question, texts[gold]))
 
 
 def _exam(id: Any, question: str, texts: Sequence[str], gold: int, **more: Any) -> Question:

@@ -2,11 +2,14 @@
 
 A step is one forward over a flat row of tokens: the next token of every text that is being written, and as much of the
 prompts that wait as fits beside them (Orca, Yu et al. 2022; chunked prefill, Agrawal et al. 2023). What a request gets
-does not depend on the others: `generate` is the oracle.
+does not depend on the others: `generate` is the oracle. So it is to the id in fp32 and fp64; in bf16 up to rounding,
+for other kernels take over with more rows, and where two ids are nearly as likely they may choose the other.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from logging import DEBUG, INFO
 from pathlib import Path
 
 import torch
@@ -25,10 +28,11 @@ from puna.infer.scoring import logprobs, score_prompts
 from puna.infer.speculate import Proposer, Speculation
 from puna.infer.stopping import Decode
 from puna.infer.weights import WeightWatch
+from puna.log import log
 from puna.model.transformer import Transformer
 from puna.ops.paged_attention import BLOCK
 
-_CACHE_BYTES = 2**30  # unless one whole context takes more
+_CACHE_BYTES = 2**30  # unless one whole context takes more, and there is twice that
 
 
 class Engine:
@@ -38,11 +42,12 @@ class Engine:
 
     Args:
         decode: ids -> text, needed for stop strings only.
-        tokens: what the cache holds; by default `batch` whole contexts, in at most 1 GB.
+        tokens: what the cache holds; by default `batch` whole contexts in at most 1 GB, or one whole context in more,
+            up to half of the memory (on CUDA: of what is free).
         batch: most texts written at a time.
         chunk: most tokens of a step, as long as every text gets one.
         adapters: LoRA directories by the names that requests ask for.
-        speculate: guesses ids, which makes texts come sooner and changes none of them.
+        speculate: guesses ids, which makes texts come sooner and changes none of them (in bf16: see above).
     """
 
     def __init__(
@@ -58,7 +63,7 @@ class Engine:
     ):
         self.model, self.decode = model, decode
         self.device = next(model.parameters()).device
-        count = -(-(tokens or _default_tokens(model, batch)) // BLOCK)
+        count = -(-(tokens or _default_tokens(model, batch, self.device)) // BLOCK)
         self.cache = PagedCache(model.config, count, model.compute_dtype, self.device)
         self.scheduler = Scheduler(self.cache, batch, chunk)
         self.graphs = DecodeGraphs(model, self.cache)
@@ -74,19 +79,11 @@ class Engine:
         """Take a request in; its number, which its events have.
 
         Raises:
-            UsageError: a prompt that is empty, too long, or has ids outside the vocabulary; stop strings without
-                `decode`. ResourceError: the cache could not hold it even alone.
+            UsageError: a prompt that is empty, too long, or has ids outside the vocabulary; a bias of such an id; stop
+                strings without `decode`. ResourceError: the cache could not hold it even alone.
         """
         self._check(request)
-        number, self.added = self.added, self.added + 1
-        limit = self.model.config.max_seq_len
-        self._open[number] = [Sample(number, i, request, limit, self.decode) for i in range(request.sampling.n)]
-        for each in list(self._open[number]):
-            if each.goal:
-                self.scheduler.waiting.append(each)
-            else:  # nothing to write, nothing to score
-                self._finish(each, "length")
-        return number
+        return self._take(request)
 
     @property
     def busy(self) -> bool:
@@ -95,7 +92,13 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One forward, and what it did. Nothing to do: nothing."""
+        """One forward, and what it did. Nothing to do: nothing.
+
+        Whatever it raises ends all requests, as `failed` and with what they have; the next step tells so.
+
+        Raises:
+            NumericError: logits that are not numbers.
+        """
         try:
             if chunks := self._schedule():
                 if self.speculation is not None:
@@ -111,31 +114,41 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """End a request with what it has. Its last event comes with the next step; a finished one is left alone."""
-        for each in self._open.get(number, []):
-            if each.finished is None:
-                self._finish(each, "cancelled")
+        self._end(number, "cancelled")
 
-    def run(self, requests: Sequence[Request], on_event: Callable[[Event], None] | None = None) -> list[Result]:
-        """The results of these requests, in their order.
+    def run(
+        self,
+        requests: Sequence[Request],
+        on_event: Callable[[Event], None] | None = None,
+        *,
+        speculate: Speculation | None = None,
+    ) -> list[Result]:
+        """The results of these requests, in their order. What was added before goes on beside them; its events come
+        with the next step after.
 
         Args:
-            on_event: called with what each step did; it may cancel. The first request has the number `added` was.
+            on_event: called with what each step did for them; it may cancel. The first has the number `added` was.
+            speculate: guesses ids until they are done, instead of the engine's own.
+
+        Raises:
+            UsageError, ResourceError: see `add`; none of them is begun then.
         """
-        numbers = [self.add(request) for request in requests]
-        results: dict[int, Result] = {}
+        for request in requests:
+            self._check(request)
+        ours, others, own = range(self.added, self.added + len(requests)), list[Event](), self.speculation
+        self._guess_by(speculate or own)
         try:
-            while len(results) < len(numbers):
-                for event in self.step():
-                    if event.result is not None:
-                        results[event.request] = event.result
-                    if on_event is not None:
-                        on_event(event)
+            for request in requests:
+                self._take(request)
+            return self._finished(ours, others, on_event)
         except BaseException:  # Ctrl-C above all: the engine stays usable
-            for number in numbers:
+            for number in ours:
                 self.cancel(number)
-            self._events = [event for event in self._events if event.request not in numbers]
+            self._events = [event for event in self._events if event.request not in ours]
             raise
-        return [results[number] for number in numbers]
+        finally:
+            self._events[:0] = others
+            self._guess_by(own)
 
     def score(
         self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, adapter: str | None = None
@@ -151,6 +164,8 @@ class Engine:
     def forget(self) -> None:
         """Do not use what is cached for new requests. Needed only after weights changed unseen (through `.data`)."""
         self._forgotten += 1
+        for each in self._samples():
+            each.first_key = self._first_key(each.request)
         self.cache.blocks.forget()
         self.graphs.forget()
 
@@ -185,12 +200,47 @@ class Engine:
             self.speculation.proposer.release()
         self.graphs.release()
 
+    def _take(self, request: Request) -> int:
+        number, self.added = self.added, self.added + 1
+        limit = self.model.config.max_seq_len
+        key = self._first_key(request)
+        self._open[number] = [Sample(number, i, request, limit, self.decode, key) for i in range(request.sampling.n)]
+        for each in list(self._open[number]):
+            if each.goal:
+                self.scheduler.waiting.append(each)
+            else:  # nothing to write, nothing to score
+                self._finish(each, "length")
+        return number
+
+    def _finished(self, ours: range, others: list[Event], on_event: Callable[[Event], None] | None) -> list[Result]:
+        """Step until these are done. The events of all others are put aside."""
+        results: dict[int, Result] = {}
+        while len(results) < len(ours):
+            events = self.step()
+            others += [event for event in events if event.request not in ours]
+            for event in events:
+                if event.request in ours:
+                    if event.result is not None:
+                        results[event.request] = event.result
+                    if on_event is not None:
+                        on_event(event)
+        return [results[number] for number in ours]
+
+    def _guess_by(self, speculation: Speculation | None) -> None:
+        if self.speculation is not None and self.speculation is not speculation:
+            for each in self._samples():
+                self.speculation.proposer.end(each)
+        self.speculation = speculation
+
+    def _first_key(self, request: Request) -> bytes:
+        return f"{self._forgotten} {self.adapters.key(request.adapter)}".encode()
+
+    def _samples(self) -> list[Sample]:
+        return [each for samples in self._open.values() for each in samples]
+
     def _schedule(self) -> list[Chunk]:
-        if self.scheduler.waiting:
-            if self._weights.changed():
-                self.forget()
-            for each in self.scheduler.waiting:
-                each.first_key = f"{self._forgotten} {self.adapters.key(each.request.adapter)}".encode()
+        if self.scheduler.waiting and self._weights.changed():
+            self.forget()
         return sorted(self.scheduler.plan(), key=lambda chunk: self.adapters.key(chunk.sample.request.adapter))
 
     def _run(self, chunks: list[Chunk]) -> Tensor:
@@ -231,30 +281,34 @@ class Engine:
     def _accept(self, each: Sample, guess: Sequence[int], ids: list[int], told: list[TokenLogprob | None]) -> None:
         """Add ids as long as those before them were guessed right."""
         right = next((n for n, (a, b) in enumerate(zip(guess, ids, strict=False)) if a != b), len(guess))
-        new: tuple[int, ...] = ()
+        reason: FinishReason | None = None
         for token, logprob in zip(ids[: right + 1], told, strict=False):
-            new += each.accept(token, logprob)
-            if each.finished:
+            if reason := each.accept(token, logprob):
                 break
         self.cache.plan(each.text, min(right, len(each.text.ids) - 1 - each.text.stored))  # already computed
-        if each.finished:
-            self._finish(each, each.finished, new)
-        elif new:
+        if reason:
+            self._finish(each, reason)
+        elif new := each.news():
             self._events.append(Event(each.number, each.index, new))
 
     def _refuse_open(self, adapter: str) -> None:
         if any(samples[0].request.adapter == adapter for samples in self._open.values()):
             raise UsageError(f"requests are being written with `{adapter}`", fix="finish or cancel them first")
 
-    def _finish(self, each: Sample, reason: FinishReason, new: tuple[int, ...] = ()) -> None:
-        each.finished = reason
+    def _finish(self, each: Sample, reason: FinishReason) -> None:
         self._drop(each)
-        samples = self._open[each.number]
+        each.finished = reason
+        new, samples = each.news(), self._open[each.number]
         result = _result(samples) if all(s.finished for s in samples) else None
         if result is not None:
             del self._open[each.number]
         if new or result is not None:
             self._events.append(Event(each.number, each.index, new, result))
+
+    def _end(self, number: int, reason: FinishReason) -> None:
+        for each in self._open.get(number, []):
+            if each.finished is None:
+                self._finish(each, reason)
 
     def _drop(self, each: Sample) -> None:
         self.scheduler.remove(each)
@@ -263,10 +317,9 @@ class Engine:
 
     def _abandon(self) -> None:
         """Drop every request and whatever the cache may hold of them."""
-        for each in [each for samples in self._open.values() for each in samples]:
-            self._drop(each)
-        self._open.clear()
-        self._events.clear()
+        for number in list(self._open):
+            self._end(number, "failed")
+        self._open.clear()  # Ctrl-C may come between the end of a request and its event
         self.forget()
 
     def _check(self, request: Request) -> None:
@@ -274,8 +327,11 @@ class Engine:
         vocab_size = self.model.config.vocab_size
         if not length:
             raise UsageError("an empty prompt has nothing to continue", fix="at least one token, BOS will do")
-        if any(not 0 <= token < vocab_size for token in request.prompt):
-            raise UsageError(f"a prompt has an id outside 0..{vocab_size - 1}", cause="ids of another tokenizer")
+        for where, ids in (("a prompt", request.prompt), ("a logit_bias", request.sampling.logit_bias)):
+            if any(not hasattr(kind, "__index__") for kind in {*map(type, ids)}):
+                raise UsageError(f"{where} has an id that is no whole number", fix="int")
+            if any(not 0 <= token < vocab_size for token in ids):
+                raise UsageError(f"{where} has an id outside 0..{vocab_size - 1}", cause="ids of another tokenizer")
         # an answer needs room for one id; of what is only scored, the last id is predicted and never read
         if length + (1 if request.sampling.max_tokens else -1) > limit:
             raise UsageError(f"the prompt has {length} tokens, the context holds {limit}", fix="a shorter prompt")
@@ -289,11 +345,23 @@ class Engine:
             raise ResourceError(f"a request of {needed} tokens, the cache holds {held}", fix="Engine(tokens=...)")
 
 
-def _default_tokens(model: Transformer, batch: int) -> int:
-    """What `batch` contexts take, in at most _CACHE_BYTES, but one context in any case."""
+def _default_tokens(model: Transformer, batch: int, device: torch.device) -> int:
+    """What `batch` contexts take, in at most _CACHE_BYTES; one whole context if half of the memory holds it."""
     config = model.config
     size = 2 * config.n_layers * config.n_kv_heads * config.head_dim * model.compute_dtype.itemsize  # bytes a token
-    return max(config.max_seq_len, min(batch * config.max_seq_len, _CACHE_BYTES // size))
+    memory = max(_CACHE_BYTES, min(config.max_seq_len * size, _memory(device) // 2))
+    count = min(batch * config.max_seq_len, memory // size)
+    cut = count < config.max_seq_len
+    told = f"less than a context of {config.max_seq_len:,}: Engine(tokens=...)" if cut else f"{batch} texts at a time"
+    log.log(INFO if cut else DEBUG, "cache: %s tokens in %.1f GB (%s)", f"{count:,}", count * size / 2**30, told)
+    return count
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes. All there is on a CPU, where a cache takes only what it uses."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _result(samples: list[Sample]) -> Result:

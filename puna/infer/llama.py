@@ -168,7 +168,7 @@ class Llama:
         name = None if adapter is None else self._adapter(adapter)
         seeds = range(options.seed, options.seed + len(prompts) * options.n, options.n)
         asked = [Request(p, replace(options, seed=seed), name) for p, seed in zip(prompts, seeds, strict=True)]
-        self.engine.speculation = None if speculate is None else self.speculation(speculate)
+        guessing = None if speculate is None else self.speculation(speculate)
         first = self.engine.added
 
         def show(event: Event) -> None:
@@ -177,10 +177,10 @@ class Llama:
                     on_token(token)
 
         try:
-            return self.engine.run(asked, show)
+            return self.engine.run(asked, show, speculate=guessing)
         finally:
-            if len(asked) > 1:
-                self.engine.release()
+            if len(asked) > 1 and not self.engine.busy:  # somebody else's requests may be open
+                self._release()
 
     @cached_property
     def engine(self) -> Engine:
@@ -198,6 +198,11 @@ class Llama:
         if by not in self._speculations:
             self._speculations[by] = Speculation(self._proposer(by))
         return self._speculations[by]
+
+    def _release(self) -> None:
+        self.engine.release()
+        for each in self._speculations.values():
+            each.proposer.release()
 
     def _proposer(self, by: str) -> Proposer:
         if by == "lookup":
@@ -234,11 +239,14 @@ class Llama:
         stops = dict.fromkeys([*tokenizer.stop_ids, *self.stop_ids])  # what was added may be the end of a turn
         return replace(self, model=model, tokenizer=tokenizer, stop_ids=list(stops))
 
-    def save(self, path: str | Path, dtype: str = "bf16", made_from: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self, path: str | Path, dtype: str = "bf16", made_from: Mapping[str, Any] | None = None, nested: bool = False
+    ) -> None:
         """Write a model directory that transformers, vLLM and llama.cpp's converter open.
 
         Args:
             made_from: its lineage; by default that it was saved from this model.
+            nested: NF4's scales in 8 bits (nf4-double), which rounds them anew; by default in fp32, as computed with.
 
         Raises:
             UsageError: `path` exists, or has the name of a file.
@@ -246,7 +254,10 @@ class Llama:
         check_folder_name(target := as_path(path))
         with atomic_folder(target) as folder:
             made_from = made_from or lineage("save", [self.path])
-            packed = packed_tensors(self.model, DTYPES[dtype]) if packed_layers(self.model) else ({}, {})
+            layers = packed_layers(self.model)
+            packed = packed_tensors(self.model, DTYPES[dtype], nested) if layers else ({}, {})
+            if not nested and any(layer.packed.table is not None for layer in layers.values()):
+                log.info("NF4: scales are saved in fp32; in 8 bits (nf4-double): save(..., nested=True)")
             save_model(folder, self.model, self.tokenizer, dtype, dict(made_from), self.stop_ids, packed)
 
 

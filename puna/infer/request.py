@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from puna.infer.sampling import Sampling
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "failed"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from puna.infer.paged_cache import CachedText
 from puna.infer.request import Completion, FinishReason, Request, TokenLogprob
-from puna.infer.sampling import Filters, penalized, sample
+from puna.infer.sampling import Filters, Sampling, penalized, sample
 from puna.infer.stopping import Decode, StopStrings
 
 
@@ -23,7 +23,7 @@ class Sample:
     """Most ids that prompt and answer have together."""
     decode: Decode | None
     first_key: bytes = b""
-    """Of what its keys and values depend on besides ids; set before it is scheduled."""
+    """Of what its keys and values depend on besides ids."""
     text: CachedText = field(init=False)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
@@ -71,8 +71,7 @@ class Sample:
     @property
     def room(self) -> int:
         """How many ids it can be given besides the next one."""
-        answer = len(self.text.ids) - len(self.request.prompt)
-        return min(self.request.sampling.max_tokens - answer, self.limit - len(self.text.ids)) - 1
+        return min(self.request.sampling.max_tokens - self._written, self.limit - len(self.text.ids)) - 1
 
     def draws(self, count: int) -> list[float]:
         """The numbers in 0..1 that decide its next ids: each id has its own, so no schedule or guess changes a text."""
@@ -82,42 +81,53 @@ class Sample:
         self._draws += [float(torch.rand(1, generator=self.random)) for _ in range(missing)]
         return self._draws[:count]
 
-    def accept(self, token: int, logprob: TokenLogprob | None) -> tuple[int, ...]:
-        """Add an id; the ids that have become certain by it."""
+    def accept(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
+        """Add an id; why it is the last one, if it is."""
         sampling = self.request.sampling
         self.text.ids.append(token)
         del self._draws[:1]
         if logprob is not None:
             self.logprobs.append(logprob)
-        answer = self.answer
-        if (self.stops is not None and self.stops.feed(answer)) or token in sampling.stop_ids:
-            self.finished = "stop"
-        elif len(answer) >= sampling.max_tokens or len(self.text.ids) >= self.limit:
-            self.finished = "length"
-        return self._release(answer)
+        if (self.stops is not None and self.stops.feed(self.answer)) or token in sampling.stop_ids:
+            return "stop"
+        full = self._written >= sampling.max_tokens or len(self.text.ids) >= self.limit
+        return "length" if full else None
+
+    def news(self) -> tuple[int, ...]:
+        """The ids that have become certain since it was last asked: once it is finished, all that it keeps."""
+        certain = self._written if self.stops is None else self.stops.certain
+        if self.finished:
+            certain = self._kept
+        begin = len(self.request.prompt)
+        new, self._released = self.text.ids[begin + self._released : begin + certain], max(self._released, certain)
+        return tuple(new)
 
     def completion(self) -> Completion:
         """What became of it. It has to be finished."""
         assert self.finished is not None
-        kept = self._kept(len(self.answer))
-        logprobs = None if self.request.sampling.logprobs is None else tuple(self.logprobs[:kept])
+        logprobs = None if self.request.sampling.logprobs is None else tuple(self.logprobs[: self._kept])
         text = None if self.stops is None else self.stops.text
-        return Completion(tuple(self.answer[:kept]), logprobs, self.finished, text)
+        return Completion(tuple(self.answer[: self._kept]), logprobs, self.finished, text)
 
-    def _release(self, answer: list[int]) -> tuple[int, ...]:
-        certain = len(answer) if self.stops is None else self.stops.certain
-        if self.finished:
-            certain = self._kept(len(answer))
-        new, self._released = answer[self._released : certain], max(self._released, certain)
-        return tuple(new)
+    @property
+    def _written(self) -> int:
+        return len(self.text.ids) - len(self.request.prompt)
 
-    def _kept(self, count: int) -> int:
-        return self.stops.certain if self.stops is not None and self.stops.found else count
+    @property
+    def _kept(self) -> int:
+        return self.stops.certain if self.stops is not None and self.stops.found else self._written
 
 
 def choose(logits: Tensor, places: Sequence[tuple[Sample, Sequence[int]]]) -> Tensor:
     """The id each sample goes on with after ids that are guessed to follow it: (B, V) -> (B,)."""
     asked = [each.request.sampling for each, _ in places]
-    rows = [(each.request.sampling, each.request.prompt, [*each.answer, *guess]) for each, guess in places]
+    if any(sampling.changes_logits for sampling in asked):
+        logits = penalized(logits, [_penalties(each, guess) for each, guess in places])
     drawn = [each.draws(len(guess) + 1)[-1] for each, guess in places]
-    return sample(penalized(logits, rows), Filters.of(asked, logits.device), drawn)
+    return sample(logits, Filters.of(asked, logits.device), drawn)
+
+
+def _penalties(each: Sample, guess: Sequence[int]) -> tuple[Sampling, Sequence[int], Sequence[int]]:
+    """A row of `penalized`; long texts are not copied for nothing."""
+    sampling = each.request.sampling
+    return (sampling, each.request.prompt, [*each.answer, *guess]) if sampling.changes_logits else (sampling, (), ())

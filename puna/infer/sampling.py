@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puna.errors import UsageError
+from puna.errors import NumericError, UsageError
 
 _GREEDY = 1e-4  # dividing by less overflows
+_LARGE = 1e30  # of penalties and biases: any number of them stays finite in fp32
 _FEW = 2048  # ids that a nucleus seldom exceeds; sorting all of a vocabulary takes eight times as long
 
 
@@ -36,7 +37,8 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these ids."""
     seed: int = 0
-    """Same seed and prompt, same answer, whoever else is served. Sample i of n has the seed `seed + i`."""
+    """Same seed and prompt, same answer, whoever else is served (in bf16 up to rounding). Sample i of n has the seed
+    `seed + i`."""
     n: int = 1
     """Samples of the prompt."""
     stop_ids: Sequence[int] = ()
@@ -51,15 +53,28 @@ class Sampling:
         Raises:
             UsageError: a value outside its range.
         """
+        numbers = [self.max_tokens, self.top_k, self.seed, self.n, self.logprobs or 0]
+        if not all(hasattr(number, "__index__") for number in numbers):
+            raise UsageError("max_tokens, top_k, seed, n and logprobs are whole numbers", fix="int")
         right = {
-            "max_tokens": self.max_tokens >= 0, "temperature": self.temperature >= 0, "top_k": self.top_k >= 0,
+            "max_tokens": self.max_tokens >= 0, "temperature": self.temperature >= 0, "top_k": 0 <= self.top_k < 2**63,
             "top_p": 0 <= self.top_p <= 1, "min_p": 0 <= self.min_p <= 1,
-            "repetition_penalty": self.repetition_penalty > 0, "n": self.n >= 1,
+            "repetition_penalty": 1 / _LARGE <= self.repetition_penalty <= _LARGE, "n": self.n >= 1,
+            "presence_penalty": abs(self.presence_penalty) <= _LARGE,
+            "frequency_penalty": abs(self.frequency_penalty) <= _LARGE,
+            "logit_bias": all(abs(bias) <= _LARGE for bias in self.logit_bias.values()),
+            "seed": -(2**63) <= self.seed <= 2**64 - self.n,
             "logprobs": self.logprobs is None or self.logprobs >= 0, "stop": all(self.stop),
         }  # fmt: skip
         if wrong := [f"{name}={getattr(self, name)!r}" for name, fits in right.items() if not fits]:
             fix = "temperature, top_k >= 0; top_p, min_p in 0..1; repetition_penalty > 0; n >= 1; no empty stop string"
-            raise UsageError(f"{' and '.join(wrong)} cannot be", fix=fix)
+            raise UsageError(f"{' and '.join(wrong)} cannot be", fix=f"{fix}; penalties, biases, seed: no infinity")
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the logits it draws from are others than the model's."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
+        return any(penalties) or bool(self.logit_bias)
 
 
 @dataclass(frozen=True)
@@ -94,8 +109,15 @@ def sample(logits: Tensor, filters: Filters, drawn: Sequence[float]) -> Tensor:
 
     Args:
         drawn: a number in 0..1 for each row, which alone decides what a row that is not greedy takes.
+
+    Raises:
+        NumericError: a row with NaN, with infinity, or with nothing above minus infinity.
     """
-    best = logits.argmax(-1)
+    most, best = logits.max(-1)
+    if not most.isfinite().all():
+        row = most.isfinite().tolist().index(False)
+        cause = "weights or an adapter with NaN, or a type too small for them"
+        raise NumericError(f"the largest logit of text {row} of {len(logits)} is {float(most[row])}", cause=cause)
     if filters.greedy is None:
         return best
     # By the inverse of the distribution function: multinomial draws a random number for every id of the vocabulary.
@@ -131,7 +153,7 @@ def _nucleus(p: Tensor, top_p: Tensor) -> Tensor:
 
 def penalized(logits: Tensor, rows: Sequence[tuple[Sampling, Sequence[int], Sequence[int]]]) -> Tensor:
     """Logits (B, V) with the biases and penalties of each row (its parameters, its prompt, its answer so far)."""
-    if not any(_changes_logits(sampling) for sampling, _, _ in rows):
+    if not any(sampling.changes_logits for sampling, _, _ in rows):
         return logits
     logits = logits.float().clone()
     for row, (sampling, prompt, answer) in zip(logits, rows, strict=True):
@@ -146,8 +168,3 @@ def penalized(logits: Tensor, rows: Sequence[tuple[Sampling, Sequence[int], Sequ
             bias = torch.tensor([*sampling.logit_bias.values()], device=row.device)
             row[torch.tensor([*sampling.logit_bias], device=row.device)] += bias
     return logits
-
-
-def _changes_logits(sampling: Sampling) -> bool:
-    penalties = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1
-    return any(penalties) or bool(sampling.logit_bias)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from puna.errors import UsageError
 from puna.model.init import build_model
 from puna.model.transformer import Linear, Transformer
+from puna.ops.packed_layers import packed_layers
 
 
 @torch.no_grad()
@@ -20,12 +21,11 @@ def resize_embeddings(model: Transformer, vocab_size: int, known: int | None = N
         known: how many of the old rows have a token; those behind are padding, and are new as well.
 
     Raises:
-        UsageError: no rows at all, or adapters on the embedding or the head.
+        UsageError: no rows at all, or an embedding or a head that carries an adapter or is quantized.
     """
     if vocab_size < 1:
         raise UsageError(f"vocab_size={vocab_size}", fix="at least one row")
-    if type(model.embed_tokens) is not nn.Embedding or type(model.lm_head) is not Linear:
-        raise UsageError("the embedding or the head carries an adapter", fix="merge it first: puna merge")
+    _check(model)
     known = min(known or vocab_size, model.config.vocab_size, vocab_size)
     resized = build_model(model.config.model_copy(update={"vocab_size": vocab_size}), model.compute_dtype)
     resized.layers, resized.norm = model.layers, model.norm
@@ -33,6 +33,17 @@ def resize_embeddings(model: Transformer, vocab_size: int, known: int | None = N
     tied = model.config.tie_embeddings
     resized.lm_head.weight = resized.embed_tokens.weight if tied else _resized(model.lm_head.weight, known, vocab_size)
     return resized.train(model.training)
+
+
+def _check(model: Transformer) -> None:
+    """Subclasses pass: they compute the same sooner."""
+    if any(layer in packed_layers(model) for layer in ("embed_tokens", "lm_head")):
+        raise UsageError(
+            "the embedding or the head is quantized: rows cannot be added",
+            fix="puna.load(..., packed=False), or puna convert",
+        )
+    if not (isinstance(model.embed_tokens, nn.Embedding) and isinstance(model.lm_head, Linear)):
+        raise UsageError("the embedding or the head carries an adapter", fix="merge it first: puna merge")
 
 
 def _resized(weight: Tensor, known: int, rows: int) -> nn.Parameter:

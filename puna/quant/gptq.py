@@ -11,11 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from puna.errors import NumericError
 from puna.model.transformer import Transformer
 from puna.ops.packed import Packed
 from puna.ops.rope import rope_tables
 from puna.quant.quantize import put
-from puna.quant.rounding import packed_from, searched_scale, whole_numbers
+from puna.quant.rounding import check_finite, packed_from, searched_scale, whole_numbers
 from puna.quant.schemes import Kind
 
 _DAMPING = 0.01  # of the mean diagonal: inputs that hardly vary must not be leant on
@@ -53,7 +54,15 @@ def rounded_in_turn(weight: Tensor, moments: Tensor, kind: Kind) -> Packed:
 
     With U the upper Cholesky factor of the inverse moments, the error e of column j, over U_jj, is taken from every
     column k > j in the share U_jk.
+
+    Raises:
+        NumericError: weights or moments that are not finite.
     """
+    check_finite(weight)
+    if not moments.isfinite().all():
+        raise NumericError(
+            "what enters the layer is not finite", cause="the model had diverged, or its dtype is narrow"
+        )
     left = weight.float().clone()
     group = kind.group or weight.shape[1]
     factor = _inverse_factor(moments)

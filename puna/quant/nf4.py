@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from puna.errors import NumericError
 from puna.ops.nibbles import pack_nibbles
 from puna.ops.packed import Packed
+from puna.quant.rounding import check_finite
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -44,8 +44,7 @@ def round_nf4(weight: Tensor) -> Packed:
     Raises:
         NumericError: weights that are not finite.
     """
-    if not weight.isfinite().all():
-        raise NumericError("weights that are not finite cannot be quantized", cause="training had diverged")
+    check_finite(weight)
     blocks = weight.float().view(-1, BLOCK)
     scales = blocks.abs().amax(1, keepdim=True)
     scaled = (blocks * (1 / scales.clamp(min=_LEAST))).clamp(-1, 1)

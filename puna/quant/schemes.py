@@ -6,9 +6,9 @@ from torch import Tensor
 
 from puna.config import nearest
 from puna.errors import UsageError
-from puna.ops.packed import Packed
+from puna.ops.packed import Activations, Packed
 from puna.quant.nf4 import BLOCK, round_nf4
-from puna.quant.rounding import Activations, round_symmetric
+from puna.quant.rounding import round_symmetric
 
 
 class Kind(NamedTuple):
@@ -27,7 +27,7 @@ class Kind(NamedTuple):
 
     def problem(self, columns: int) -> str:
         """Why a weight with that many columns cannot be stored so; empty if it can."""
-        group = self.group or (32 if self.bits == 4 else 1)
+        group = self.group or (32 if self.bits == 4 else 4)  # runs of nibbles; words of four bytes on disk
         return f"{columns} columns are not whole groups of {group}" if columns % group else ""
 
 
