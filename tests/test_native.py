@@ -6,18 +6,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from puna.errors import UsageError
 from puna.infer import native as on_models
 from puna.infer.engine import Engine
 from puna.infer.generate import generate
 from puna.infer.native import use_native
 from puna.infer.request import Request
 from puna.infer.sampling import Sampling
+from puna.log import log
 from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
 from puna.ops import linear as linear_file
@@ -305,10 +308,26 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PATH", "/nowhere")
     assert "no C++ compiler" in str(load("auto"))
     assert load("0") == "PUNA_NATIVE=0"
-    assert "none of" in str(load("fast"))
     monkeypatch.setattr(packed_file, "native", lambda: None)
     weight, x = packed(8, 64, "int4"), torch.randn(2, 64)
     assert torch.equal(packed_linear(x, weight), packed_linear_eager(x, weight))
+
+
+def test_a_level_that_is_not_to_be_had_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`PUNA_NATIVE=AVX2` was heard as 0, in a line that -q hides."""
+    native = library.native.__wrapped__
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setenv("PUNA_NATIVE", "AVX2")
+    with pytest.raises(UsageError, match="AVX2 is no level") as told:
+        native()
+    assert "avx2" in told.value.fix
+    monkeypatch.setenv("PUNA_NATIVE", "avx512")
+    monkeypatch.setattr(library, "_open", lambda compiler: SimpleNamespace(puna_level=lambda: 1))
+    with caplog.at_level("WARNING", log.name):
+        assert native() is None
+    assert "this CPU has no avx512" in caplog.text
 
 
 def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
