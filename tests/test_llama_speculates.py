@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+from command_line import puna_forked
 from test_model import BASE, build
 
 from puna.errors import UsageError
 from puna.infer.draft import Draft
 from puna.infer.llama import Llama
 from puna.model.config import ModelConfig
+from puna.quant.quantize import quantize_model
 from puna.recipes import run
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -44,3 +46,16 @@ def test_guessing_is_the_call_s_and_its_memory_is_given_back(tokenizer_folder: P
     assert proposer._cache is not None
     llama.generate(["In the puna", "In"], 4)
     assert proposer._cache is None
+
+
+def test_a_quantized_model_guesses_for_itself_on_the_command_line(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """The command line loads packed weights, of which `self` can make no copy: what the help offers was refused."""
+    tokenizer = Tokenizer(tokenizer_folder)
+    llama = Llama(build(ModelConfig(**{**SHAPE, "dim": 64})).eval(), tokenizer, tmp_path, [])
+    quantize_model(llama.model, "int8")
+    llama.save(tmp_path / "q", "fp32")
+    words = ["generate", tmp_path / "q", "-p", "In the puna", "--max-tokens", 8, "--dtype", "fp32", "--temperature", 0]
+    plain, guessed = puna_forked([words, [*words, "--speculate", "self"]], tmp_path)
+    assert guessed.returncode == 0, guessed.stderr
+    assert guessed.stdout == plain.stdout
+    assert "dequantized" in guessed.stderr

@@ -6,28 +6,41 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_engine import alone, answers, mixed
+from test_speculate import eager
 
+from puna.checkpoint.adapter import save_adapter
+from puna.errors import UsageError
 from puna.infer import native as on_models
 from puna.infer.engine import Engine
+from puna.infer.forward import Row, forward
 from puna.infer.generate import generate
 from puna.infer.native import use_native
+from puna.infer.paged_cache import PagedCache
 from puna.infer.request import Request
 from puna.infer.sampling import Sampling
+from puna.infer.speculate import Lookup
+from puna.log import log
+from puna.lora import LoraConfig, add_lora, lora_parameters, merge_lora
 from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
 from puna.ops import linear as linear_file
 from puna.ops import packed as packed_file
+from puna.ops import paged_attention as paged_file
 from puna.ops.linear import linear
 from puna.ops.native import library
 from puna.ops.native.library import LEVELS, Native, load
 from puna.ops.packed import Packed, dequantize, packed_linear, packed_linear_eager, quantize_rows
 from puna.ops.packed_layers import PackedLinear
+from puna.ops.paged_attention import BLOCK
 from puna.packages import cache as packages
+from puna.tokenizer.tokenizer import Tokenizer
 
 LOADED = load("auto")
 pytestmark = pytest.mark.skipif(isinstance(LOADED, str), reason=f"no native kernels: {LOADED}")
@@ -41,7 +54,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     loaded = load(request.param)
     if isinstance(loaded, str):
         pytest.skip(loaded)
-    for module in (linear_file, packed_file, on_models):
+    for module in (linear_file, packed_file, paged_file, on_models):
         monkeypatch.setattr(module, "native", lambda: loaded)
     return loaded
 
@@ -180,9 +193,13 @@ def test_a_gradient_flows_through_packed_weights(kernels: Native) -> None:
 
 @pytest.fixture
 def model() -> Transformer:
+    return wide_heads()
+
+
+def wide_heads() -> Transformer:
     """A tiny Llama whose heads are as wide as the kernels want them."""
     config = ModelConfig(
-        dim=96, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=32, ffn_dim=160, vocab_size=300, max_seq_len=128,
+        dim=96, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=32, ffn_dim=160, vocab_size=300, max_seq_len=160,
         rope_theta=10000.0, rope_scaling=None, norm_eps=1e-5, tie_embeddings=True,
     )  # fmt: skip
     with torch.device("meta"):
@@ -208,6 +225,88 @@ def test_the_engine_writes_what_generate_writes(kernels: Native, model: Transfor
     wanted, found = texts(model)
     assert found == wanted
     assert on_models._weights(model) is not None
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of every step that the kernels made."""
+    made: list[int] = []
+
+    def forward(*given: Any) -> None:
+        made.append(len(given[2]))
+        return by_blocks(*given)
+
+    by_blocks = on_models.forward
+    monkeypatch.setattr(on_models, "forward", forward)
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    """What `generate` says to each of the 64 requests alone."""
+    return [alone(wide_heads(), request) for request in mixed(64)]
+
+
+@pytest.mark.parametrize(
+    ("size", "guesses"),
+    [
+        ({"chunk": 7}, False),  # prompts, too, are read by the kernels
+        ({"tokens": 160, "batch": 8}, False),  # texts are preempted
+        ({"tokens": 200, "chunk": 16, "batch": 8}, True),
+    ],
+)
+def test_64_requests_equal_generate(
+    kernels: Native, expected: list[list[int]], steps: list[int], size: dict[str, int], guesses: bool
+) -> None:
+    """The engine's own proof is of fp64 and narrow heads, which never enter the kernels that users run: shared blocks,
+    preempted texts and rejected guesses are theirs to store and read as well."""
+    model = wide_heads()
+    use_native(model)
+    engine = Engine(model, speculate=eager(Lookup()) if guesses else None, **size)
+    for _ in range(2):  # the second time much of it is in the cache
+        assert answers(engine, mixed(64)) == expected
+        assert engine.cache.blocks.used == 0
+    assert len(steps) > 50
+    assert max(steps) >= min(size.get("chunk", 8), 8) - 1
+
+
+def test_native_steps_go_on_beside_adapters(
+    kernels: Native, model: Transformer, steps: list[int], tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """Hooks of one step's adapters that are passed by, or that keep later steps from the kernels."""
+    twin = copy.deepcopy(model)
+    add_lora(twin, config := LoraConfig(rank=4, alpha=8.0), seed=1, dtype=torch.float32)
+    for parameter in lora_parameters(twin).values():
+        parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    save_adapter(tmp_path, twin, config, Tokenizer(tokenizer_folder), "base", {})
+    requests = mixed(24)
+    merge_lora(twin)
+    base, adapted = ([alone(each, request) for request in requests] for each in (model, twin))
+    assert base != adapted
+    use_native(model)
+    engine = Engine(model, adapters={"a": tmp_path}, batch=8)
+    asked = [replace(request, adapter="a" if i % 2 else None) for i, request in enumerate(requests)]
+    assert answers(engine, asked) == [(adapted if i % 2 else base)[i] for i in range(24)]
+    steps.clear()
+    assert answers(engine, requests) == base
+    assert len(steps) > 20
+
+
+def test_a_bf16_step_is_as_near_as_torch_s(kernels: Native, model: Transformer, steps: list[int]) -> None:
+    """bf16 is what users run, and its rounding between two products is written a second time."""
+    ids = torch.randint(300, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    half.compute_dtype = torch.bfloat16
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids]))[0]
+        plain = distance(half(torch.tensor([ids]))[0], wanted)
+        use_native(half)
+        cache = PagedCache(half.config, 96, torch.bfloat16, torch.device("cpu"))
+        table = [cache.take() for _ in range(96 // BLOCK)]
+        hidden = [forward(half, cache, [Row(ids[i : i + 9], i, table)]) for i in range(0, 90, 9)]
+        found = half.lm_head(torch.cat(hidden))
+    assert steps == [9] * 10
+    assert distance(found, wanted) < 1.2 * plain
 
 
 def test_packed_blocks_write_what_their_dequantized_weights_write(kernels: Native, model: Transformer) -> None:
@@ -305,10 +404,26 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PATH", "/nowhere")
     assert "no C++ compiler" in str(load("auto"))
     assert load("0") == "PUNA_NATIVE=0"
-    assert "none of" in str(load("fast"))
     monkeypatch.setattr(packed_file, "native", lambda: None)
     weight, x = packed(8, 64, "int4"), torch.randn(2, 64)
     assert torch.equal(packed_linear(x, weight), packed_linear_eager(x, weight))
+
+
+def test_a_level_that_is_not_to_be_had_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`PUNA_NATIVE=AVX2` was heard as 0, in a line that -q hides."""
+    native = library.native.__wrapped__
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setenv("PUNA_NATIVE", "AVX2")
+    with pytest.raises(UsageError, match="AVX2 is no level") as told:
+        native()
+    assert "avx2" in told.value.fix
+    monkeypatch.setenv("PUNA_NATIVE", "avx512")
+    monkeypatch.setattr(library, "_open", lambda compiler: SimpleNamespace(puna_level=lambda: 1))
+    with caplog.at_level("WARNING", log.name):
+        assert native() is None
+    assert "this CPU has no avx512" in caplog.text
 
 
 def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

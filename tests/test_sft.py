@@ -21,6 +21,7 @@ from puna.errors import CheckpointError, UsageError
 from puna.eval.parity.observe import compare_models
 from puna.infer import llama
 from puna.infer.rehearsal import rehearsal
+from puna.infer.request import Completion, Result
 from puna.log import Metrics
 from puna.lora import lora_parameters
 from puna.recipes import run, sft
@@ -201,13 +202,17 @@ def test_chat_never_hands_escapes_to_the_terminal(
     class Model:
         tokenizer, template = Tokenizer(), Template()
 
-        def continue_ids(self, prompts: Any, on_token: Any, **options: Any) -> None:
-            for byte in "a\x1b]0;owned\x07\x1b[31mred\x9b31m é🦙\n".encode():
+        def complete(self, prompts: Any, on_token: Any, **options: Any) -> list[Result]:
+            said = "a\x1b]0;owned\x07\x1b[31mred\x9b31m é🦙\n"
+            for byte in said.encode():
                 on_token(byte)
+            return [Result((Completion(tuple(said.encode()), None, "stop", said + "t\x1bail"),))]
 
-    assert 0x1B in chat._answer(Model(), [], {})
+    ids, tail = chat._answer(Model(), [], {})
+    assert 0x1B in ids
+    assert tail == "t\x1bail"
     shown = capsys.readouterr().out
-    assert shown == "a]0;owned[31mred31m é🦙\n\n"
+    assert shown == "a]0;owned[31mred31m é🦙\ntail\n"
 
 
 def test_chat_reads_commands(tuned: Path, tmp_path: Path) -> None:

@@ -12,12 +12,16 @@ import pytest
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_model import BASE, build
 
 from puna.cli import chat
 from puna.data.conversations import ChatSource, read_conversations, to_messages, to_tools
 from puna.data.packing import encode_conversations
 from puna.errors import DataError, UsageError
 from puna.infer import llama
+from puna.infer.request import Completion, Result
+from puna.log import log
+from puna.model.config import ModelConfig
 from puna.tokenizer.chat.format import ChatFormat, bundled
 from puna.tokenizer.chat.messages import plain_messages, plain_tools
 from puna.tokenizer.chat.tools import read_calls
@@ -385,15 +389,27 @@ def test_llama_is_told_of_built_in_tools(tokenizer: Tokenizer) -> None:
     prompts: list[list[int]] = []
 
     class Speaks(llama.Llama):
-        def continue_ids(self, prompts_: Any, max_tokens: int, **sampling: Any) -> list[list[int]]:
+        def complete(self, prompts_: Any, *options: Any, **sampling: Any) -> list[Result]:
             prompts.extend(prompts_)
-            return [tagged]
+            return [result(tagged)]
 
     told = tokenizer.with_template(bundled("llama3.1"))
     for variables, calls in (({}, 0), ({"builtin_tools": ["brave_search"]}, 1)):
         model = Speaks(None, told, Path("x"), [], variables)  # type: ignore[arg-type]
         assert len(model.respond([ASK]).get("tool_calls", ())) == calls
         assert ("Tools: brave_search" in tokenizer.decode(prompts[-1])) == bool(calls)
+
+
+def test_an_answer_goes_up_to_a_stop_string(tokenizer: Tokenizer) -> None:
+    """The letters before a stop string that begins inside an id were dropped: `inspecti` became nothing."""
+    model = build(ModelConfig(**{**BASE, "vocab_size": 600, "max_seq_len": 512})).eval()
+    asked = llama.Llama(model, tokenizer.with_template(bundled("llama3.1")), Path("x"), [])
+    ids = asked.continue_ids([asked.template.prompt([ASK])], 30)[0]
+    word = next(w for w in map(tokenizer.piece, ids) if w.isascii() and w.isalpha() and len(w) > 2)
+    wanted = tokenizer.decode(ids).partition(word[1:])[0]
+    assert wanted.endswith(word[0])
+    assert asked.chat([ASK], 30, stop=[word[1:]]) == wanted
+    assert asked.respond([ASK], 30, stop=[word[1:]])["content"] == wanted
 
 
 def test_history_holds_code_as_it_was_generated(tokenizer: Tokenizer) -> None:
@@ -464,17 +480,24 @@ def test_parquet_rows_have_their_own_arguments_alone(tmp_path: Path) -> None:
     assert [row[1:] for row in ours] == [row[1:] for row in theirs]
 
 
+def result(ids: list[int]) -> Result:
+    return Result((Completion(tuple(ids), None, "stop"),))
+
+
 class Scripted:
     """A model that says what it was given, one answer after another."""
 
     def __init__(self, tokenizer: Tokenizer, said: list[list[int]]):
-        self.tokenizer, self.said, self.asked = tokenizer, said, 0
+        self.tokenizer, self.said, self.asked, self.context = tokenizer, said, 0, 9999
         self.template = ChatFormat(tokenizer, "llama3.1")
 
-    def continue_ids(self, prompts: list, on_token: Any, **options: Any) -> None:
+    def complete(self, prompts: list, on_token: Any, **options: Any) -> list[Result]:
         self.asked += 1
+        if len(prompts[0]) > self.context:
+            raise UsageError("the prompt is too long", fix="a shorter one")
         for token in self.said[self.asked - 1]:
             on_token(token)
+        return [result(self.said[self.asked - 1])]
 
 
 def typed_to(model: Scripted, text: str, monkeypatch: pytest.MonkeyPatch, tools: Path | None = None) -> None:
@@ -510,6 +533,22 @@ def test_a_refused_turn_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert said == ["Hello", "Snow.", "And now?", "Grass."]
 
 
+def test_a_conversation_outlives_its_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: Tokenizer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """A message that the context has no room for ended the program, and all that was said was lost."""
+    model = Scripted(tokenizer, [tokenizer.encode(s) for s in ("Snow.", "", "Grass.")])
+    model.context = len(model.template.prompt([{"role": "user", "content": "Hello"}])) + 40
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level("INFO", log.name):
+        typed_to(model, f"Hello\n{'How warm? ' * 30}\n/save {tmp_path}/c.json\n/system\nAnd now?\n", monkeypatch)
+    assert [m["content"] for m in json.loads((tmp_path / "c.json").read_text())] == ["Hello", "Snow."]
+    assert "too long" in caplog.text
+    assert "/save FILE" in caplog.text
+    assert capsys.readouterr().out == "Snow.\nGrass.\n"
+
+
 def test_chat_shows_calls_and_asks_for_their_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: Tokenizer
 ) -> None:
@@ -520,10 +559,11 @@ def test_chat_shows_calls_and_asks_for_their_results(
     class Model:
         template = ChatFormat(tokenizer, "llama3.1", date_string=DAY)
 
-        def continue_ids(self, prompts: list, on_token: Any, **options: Any) -> None:
+        def complete(self, prompts: list, on_token: Any, **options: Any) -> list[Result]:
             asked.append(prompts[0])
             for token in said[len(asked) - 1]:
                 on_token(token)
+            return [result(said[len(asked) - 1])]
 
     Model.tokenizer = tokenizer  # type: ignore[attr-defined]
     monkeypatch.setattr(llama, "load", lambda *args, **kwargs: Model())

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from puna.cli.models import MinP, Model, RepetitionPenalty, Speculate, Stop, TopK
-from puna.errors import DataError, UsageError
+from puna.cli.models import MinP, Model, RepetitionPenalty, Speculate, Stop, TopK, packed
+from puna.errors import PunaError, UsageError
 from puna.log import harmless, log
 
 _HELP = 'Type a message; """ begins and ends one of several lines. /system TEXT, /retry, /save FILE, /quit.'
@@ -39,13 +39,15 @@ def chat(
 ) -> None:
     """Talk with a model: puna chat smollm2-135m"""
     offered = _read_tools(tools) if tools else None
-    llama = _load(model, dtype, template)
+    llama = _load(model, dtype, template, packed(speculate))
+    if speculate is not None:
+        llama.speculation(speculate)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     options = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "stop": stop or [], "seed": seed, "speculate": speculate,
     }  # fmt: skip
-    # a template that is missing, or has no place for tools, is told before anyone types
+    # a template that is missing, or has no place for tools, is told before anyone types, as is a draft that is none
     llama.template.prompt([*messages, {"role": "user", "content": "?"}], offered)
     log.info("%s", _HELP)
     while (text := _read()) is not None:
@@ -97,7 +99,7 @@ def merge(
     print(target)
 
 
-def _load(model: str, dtype: str, template: str | None) -> Any:
+def _load(model: str, dtype: str, template: str | None, packed: Any) -> Any:
     """The model, with another chat template than its own if one is named."""
     from dataclasses import replace
 
@@ -105,7 +107,7 @@ def _load(model: str, dtype: str, template: str | None) -> Any:
     from puna.tokenizer.chat.format import fitting, lacking, read_template
 
     source = read_template(template) if template else None
-    llama = load(model, dtype=dtype, packed="auto")
+    llama = load(model, dtype=dtype, packed=packed)
     if source is None:
         return llama
     if told := lacking(source, llama.tokenizer):
@@ -152,8 +154,8 @@ def _take_turn(llama: Any, messages: list[dict[str, Any]], tools: Any, options: 
     start = len(messages) - 1
     try:
         while True:
-            ids = _answer(llama, llama.template.prompt(messages, tools), options)
-            messages.append(llama.template.answer(ids, tools))
+            ids, tail = _answer(llama, llama.template.prompt(messages, tools), options)
+            messages.append(llama.template.answer(ids, tools, tail))
             for call in (calls := messages[-1].get("tool_calls", [])):
                 function = call["function"]
                 given = ", ".join(f"{name}={value!r}" for name, value in function["arguments"].items())
@@ -163,23 +165,34 @@ def _take_turn(llama: Any, messages: list[dict[str, Any]], tools: Any, options: 
                 messages.append({"role": "tool", "content": result})
             if not calls:
                 return
-    except DataError as error:  # of what was typed: a tag of Llama 2, say
+    except PunaError as error:  # of what was typed: a tag of Llama 2, or more than the model's context holds
         log.error("%s", error)
+        log.info("your message is dropped; /save FILE keeps the conversation, /system begins another")
         del messages[start:]
 
 
-def _answer(llama: Any, prompt: list[int], options: dict[str, Any]) -> list[int]:
-    """Print the answer as it comes, without anything a terminal would obey; Ctrl-C ends it early."""
+def _answer(llama: Any, prompt: list[int], options: dict[str, Any]) -> tuple[list[int], str]:
+    """Print the answer as it comes, without anything a terminal would obey; Ctrl-C ends it early.
+
+    Returns:
+        Its ids, and what comes after them up to a stop string that begins inside an id.
+    """
     ids: list[int] = []
+    said, text = "", None
     stream = llama.tokenizer.stream()
 
     def show(token: int) -> None:
+        nonlocal said
         ids.append(token)
-        print(harmless(stream.feed(token)), end="", flush=True)
+        said += (more := stream.feed(token))
+        print(harmless(more), end="", flush=True)
 
     try:
-        llama.continue_ids([prompt], on_token=show, **options)
+        [result] = llama.complete([prompt], on_token=show, **options)
+        text = result.completions[0].text
     except KeyboardInterrupt:
         print(" ...", end="")
-    print(harmless(stream.end()))
-    return ids
+    rest = stream.end()
+    tail = "" if text is None else text[len(said + rest) :]
+    print(harmless(rest + tail))
+    return ids, tail

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -56,7 +56,7 @@ def generate(
     from puna.infer.llama import load
 
     text = _prompt(prompt)
-    llama = load(model, dtype=dtype, device=device, packed="auto")
+    llama = load(model, dtype=dtype, device=device, packed=packed(speculate))
     before = llama.encode(text, special=special)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "n": n}
     penalties = {"repetition_penalty": repetition_penalty, "stop": stop or [], "logprobs": logprobs}
@@ -68,6 +68,11 @@ def generate(
         print_json(told if n > 1 else told[0])
     else:
         print("\n\n".join(text + each["text"] for each in told))
+
+
+def packed(speculate: str | None) -> Literal[False, "auto"]:
+    """How to load quantized weights: a model that guesses for itself packs a copy of its plain ones."""
+    return False if speculate == "self" else "auto"
 
 
 def _told(llama: Any, before: list[int], completion: Any) -> dict[str, Any]:

@@ -90,9 +90,12 @@ class Llama:
 
     def added_text(self, before: Sequence[int], completion: Completion) -> str:
         """What a completion adds to the text of the ids before it, up to a stop string."""
-        ids = completion.token_ids
-        cut = "" if completion.text is None else completion.text[len(self.tokenizer.decode(ids)) :]
-        return self.tokenizer.decode_after(before, ids) + cut
+        return self.tokenizer.decode_after(before, completion.token_ids) + self._tail(completion)
+
+    def _tail(self, completion: Completion) -> str:
+        """What comes after the last id, up to a stop string that begins inside the next one."""
+        text = completion.text
+        return "" if text is None else text[len(self.tokenizer.decode(completion.token_ids)) :]
 
     def chat(
         self,
@@ -103,8 +106,8 @@ class Llama:
         **sampling: Any,
     ) -> str:
         """The assistant's answer to `[{"role": "user", "content": ...}, ...]`, by the model's chat template."""
-        prompt = self.template.prompt(messages, tools)
-        return self.tokenizer.decode(self.continue_ids([prompt], max_tokens, **sampling)[0])
+        [result] = self.complete([self.template.prompt(messages, tools)], max_tokens, **sampling)
+        return self.added_text([], result.completions[0])
 
     def respond(
         self,
@@ -116,8 +119,9 @@ class Llama:
     ) -> dict[str, Any]:
         """The answer as a message to append: with `tool_calls` where the model calls `tools` (JSON schemas)
         or those that are built in."""
-        prompt = self.template.prompt(messages, tools)
-        return self.template.answer(self.continue_ids([prompt], max_tokens, **sampling)[0], tools)
+        [result] = self.complete([self.template.prompt(messages, tools)], max_tokens, **sampling)
+        [completion] = result.completions
+        return self.template.answer(completion.token_ids, tools, self._tail(completion))
 
     @cached_property
     def template(self) -> ChatFormat:
@@ -132,7 +136,8 @@ class Llama:
         on_token: Callable[[int], None] | None = None,
         **sampling: Any,
     ) -> list[list[int]]:
-        """Ids that continue each prompt of ids, ended by one of `stop_ids` or by length.
+        """Ids that continue each prompt of ids, ended by one of `stop_ids`, by length, or before a stop string: the
+        text before one that begins inside an id is `complete`'s alone.
 
         Args:
             on_token: called with each id that continues the first prompt, as it comes.

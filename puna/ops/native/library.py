@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from puna.errors import ResourceError
+from puna.errors import ResourceError, UsageError
 from puna.log import log
 from puna.packages import cache as packages
 
@@ -109,10 +109,16 @@ def _checked(status: int, *_: Any) -> None:
 
 @cache
 def native() -> Native | None:
-    """The library at this CPU's best level, or None; why is logged, once."""
-    loaded = load(os.environ.get("PUNA_NATIVE", "auto"))
+    """The library at this CPU's best level, or None; why is logged, once: loudly where a level was asked for.
+
+    Raises:
+        UsageError: PUNA_NATIVE is no word that `load` knows.
+    """
+    wanted = os.environ.get("PUNA_NATIVE", "auto")
+    loaded = load(wanted)
     if isinstance(loaded, str):
-        log.info("native kernels: none (%s); torch's are used", loaded)
+        tell = log.warning if wanted in LEVELS else log.info
+        tell("native kernels: none (%s); torch's are used", loaded)
         return None
     log.info("native kernels: %s", LEVELS[loaded.level])
     return loaded
@@ -122,12 +128,15 @@ def load(wanted: str) -> Native | str:
     """The library, built when it is not there yet; or why there is none.
 
     Args:
-        wanted: `auto`, `0`, or one of LEVELS.
+        wanted: `auto` (or `1`), `0`, or one of LEVELS.
+
+    Raises:
+        UsageError: another word.
     """
     if wanted == "0":
         return "PUNA_NATIVE=0"
     if wanted not in ("auto", "1", *LEVELS):
-        return f"PUNA_NATIVE={wanted} is none of 0, auto, {', '.join(LEVELS)}"
+        raise UsageError(f"PUNA_NATIVE={wanted} is no level", fix=f"one of 0, auto, {', '.join(LEVELS)}")
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"they are for Linux on x86-64, this is {platform.system()} on {platform.machine()}"
     if (compiler := shutil.which(_COMPILER)) is None:

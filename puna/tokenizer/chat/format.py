@@ -86,30 +86,31 @@ class ChatFormat:
         """The ids to generate the assistant's next message from; history is cut where training cut it."""
         return [i for ids, _ in self._encoded(self._stretches(messages, tools, True)) for i in ids]
 
-    def answer(self, reply: Sequence[int], tools: Sequence[Tool] | None = None) -> dict[str, Any]:
+    def answer(self, reply: Sequence[int], tools: Sequence[Tool] | None = None, tail: str = "") -> dict[str, Any]:
         """`parse`, where only what was offered can be called: JSON that was asked for is no call of a tool."""
         built_in = self.variables.get("builtin_tools")
         offered = {tool["function"]["name"] for tool in plain_tools(tools) or ()}
         offered |= set() if built_in is None else {CODE, *built_in}
-        message = self.parse(reply)
+        message = self.parse(reply, tail)
         if all(call["function"]["name"] in offered for call in message.get("tool_calls", ())):
             return message
-        return _message(self.tokenizer.decode(self._said(reply)), [])
+        return _message(self.tokenizer.decode(self._said(reply)) + tail, [])
 
-    def parse(self, reply: Sequence[int] | str) -> dict[str, Any]:
+    def parse(self, reply: Sequence[int] | str, tail: str = "") -> dict[str, Any]:
         """A generated reply as a message: `content`, and `tool_calls` where it calls tools. Never an error.
 
-        Ids count up to the first stop id. In a text no control token is looked for: it has none.
+        Ids count up to the first stop id, and `tail` is text after them. In a text no control token is looked for: it
+        has none.
         """
         if isinstance(reply, str):
-            return _message(reply, read_calls(reply))
+            return _message(reply + tail, read_calls(reply + tail))
         tag = self.tokenizer.special_tokens.get(_PYTHON_TAG)
         ids = self._said(reply)
         if tag not in ids:
-            text = self.tokenizer.decode(ids)
+            text = self.tokenizer.decode(ids) + tail
             return _message(text, read_calls(text))
         before, after = (self.tokenizer.decode(part) for part in (ids[: ids.index(tag)], ids[ids.index(tag) + 1 :]))
-        return _message(before, read_calls(after, tagged=True), beside=before)
+        return _message(before, read_calls(after + tail, tagged=True), beside=before)
 
     def around_user(self) -> tuple[list[int], list[int]]:
         """The ids before and after the words of a first user message, up to where the assistant begins."""
