@@ -90,7 +90,7 @@ def quantize(
         del before, parts
         after = load(folder, "fp32", packed=True)
         second = observe(after, prompts, max_tokens, text, rows=first.rows)
-        certificate = {**told, **_sizes(after, sizes), **_differences(first, second, len(text.encode()))}
+        certificate = {**told, **_sizes(after, sizes), **differences(first, second, len(text.encode()))}
         write_json(folder / CERTIFICATE, {"format": 1, "source": str(source), **certificate})
     return certificate
 
@@ -128,13 +128,18 @@ def _hash(text: str) -> str | None:
 
 
 def _sizes(after: Llama, sizes: dict[str, int]) -> dict[str, Any]:
-    packed = [layer.packed for layer in packed_layers(after.model).values()]
-    bits = sum(8 * weight.nbytes for weight in packed) / sum(math.prod(weight.shape) for weight in packed)
     written = sum(file.stat().st_size for file in after.path.glob("*.safetensors"))
-    return {"bits": bits, "bytes": {**sizes, "after": written}}
+    return {"bits": packed_bits(after), "bytes": {**sizes, "after": written}}
 
 
-def _differences(first: Observed, second: Observed, text_bytes: int) -> dict[str, Any]:
+def packed_bits(llama: Llama) -> float:
+    """Bits a weight of the packed matrices with their scales, in memory; of a tied one once."""
+    packed = {layer.codes.data_ptr(): layer.packed for layer in packed_layers(llama.model).values()}.values()
+    return sum(8 * weight.nbytes for weight in packed) / sum(math.prod(weight.shape) for weight in packed)
+
+
+def differences(first: Observed, second: Observed, text_bytes: int) -> dict[str, Any]:
+    """What a certificate says of two models that were shown the same rows and a text of so many bytes."""
     found = apart(first, second)
     same = [(a.argmax(-1) == b.argmax(-1)).float() for a, b in zip(first.logits, second.logits, strict=True)]
     return {
