@@ -5,7 +5,7 @@ import ctypes
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from puna.errors import NumericError, ResourceError, UsageError
 from puna.log import log
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _QUOTA = "/sys/fs/cgroup/cpu.max"
 _MEMORY = "/proc/meminfo"
+_CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt's numbers of them
 
 
@@ -87,24 +88,47 @@ def _native_bf16(device: "torch.device") -> tuple[bool, str]:
 
 
 def require_memory(size: int, device: "torch.device") -> None:
-    """Refuse before anything is read when `device` has less than 1.1 x `size` bytes free, where that can be known."""
+    """Refuse before anything is read when `device` has less than 1.1 x `size` bytes free.
+
+    Raises:
+        ResourceError: it has less.
+    """
     import torch
 
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
-    if free is not None and free < 1.1 * size:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory().available
+    if free < 1.1 * size:
         raise ResourceError(
             f"{size / 1e9:.2f} GB of weights do not fit into {free / 1e9:.2f} GB of free memory",
             fix="a machine with more, or a smaller model",
         )
 
 
-def _free_memory() -> int | None:
-    """Bytes that can be had without swapping; None where Linux is not there to tell."""
+class Memory(NamedTuple):
+    """Of the machine, in bytes."""
+
+    total: int
+    available: int
+    """What can be had without swapping, within `limit`; `total` where no system tells."""
+    limit: int | None
+    """The container's, where there is one."""
+
+
+def memory() -> Memory:
+    """What this process may hope for."""
+    lines = (line.split() for line in _text(_MEMORY).splitlines())
+    known = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) > 1 and words[1].isdigit()}
+    total = known.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [int(text) for text in map(_text, _CGROUP) if text.isdigit()]
+    limit = min((size for size in limits if size < total), default=None)
+    available = known.get("MemAvailable", total)
+    return Memory(total, available if limit is None else min(available, limit), limit)
+
+
+def _text(path: str | Path) -> str:
     try:
-        lines = dict(line.split(":", 1) for line in Path(_MEMORY).read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def calibrate_threads() -> int:

@@ -392,9 +392,12 @@ def test_generate_and_its_options_on_the_command_line(tokenizer_folder: Path, tm
     several = ["-n", "3", "--temperature", "1", "--logprobs", "2", "--seed", "1"]
     done = puna_forked([[*ask, "--temperature", "0"], [*ask, *several], [*ask, *several, "--top-k", "1"],
                         [*ask, "--temperature", "0", "--repetition-penalty", "1e9"],
-                        [*ask, "--temperature", "0", "--stop", stop]], tmp_path)  # fmt: skip
-    assert [d.returncode for d in done] == [0] * 5, done
-    best, samples, firm, fresh, cut = (json.loads(d.stdout) for d in done)
+                        [*ask, "--temperature", "0", "--stop", stop],
+                        [*ask, "--stop", ""], [*ask[:-1], "--logprobs", "2"]], tmp_path)  # fmt: skip
+    assert [d.returncode for d in done] == [0, 0, 0, 0, 0, 2, 2], done
+    assert "--stop is empty" in done[5].stderr
+    assert "--json --logprobs N" in done[6].stderr  # a number that is asked for and not shown
+    best, samples, firm, fresh, cut = (json.loads(d.stdout) for d in done[:5])
     assert len({each["text"] for each in samples}) == 3
     for each in samples:
         assert [len(place["top"]) for place in each["logprobs"]] == [2] * len(each["token_ids"])

@@ -276,12 +276,18 @@ def test_writing_ends_before_stop_strings(llama: Llama) -> None:
 
 
 def test_what_is_cut_is_counted(llama: Llama) -> None:
-    """A prompt that has lost its question, or all but one token, scores as if it had been asked."""
+    """A prompt that has lost its question, or an answer that was cut short, scores as if it had been whole."""
     reader = Reader(llama)
     reader.likelihoods([("The llama", " grazes"), ("stars " * 80, "count")])
     assert reader.cut == 1
     reader.write(["stars " * 90, "stars"], Sampling(max_tokens=4))
     assert reader.cut == 2
+    free = reader.write(["The llama"], Sampling(max_tokens=12))[0][0]
+    before = reader.unfinished
+    reader.write(["The llama"], Sampling(max_tokens=12, stop=(free[4:6],)))  # ends by itself
+    assert reader.unfinished == before
+    reader.write(["The llama", "stars"], Sampling(max_tokens=1, n=2, temperature=1.0))
+    assert reader.unfinished == before + 4
     with pytest.raises(UsageError, match="answers of 64 tokens leave no room"):
         reader.write(["The llama"], Sampling(max_tokens=64))
 

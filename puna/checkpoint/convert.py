@@ -82,11 +82,11 @@ def convert(
 
 
 def _change(source: Stored, target: Stored) -> str:
-    """`Q8_0 x 15, F32 x 5, 145.0 MB, from BF16; 15 tensors in a narrower type`, by what can be read back."""
+    """`Q8_0 x 15, F32 x 5, 145.0 MB, from BF16; 15 tensors rounded`, by what can be read back."""
     size = sum(file.stat().st_size for file in target.files) / 1e6
     both = source.weights.keys() & target.weights.keys()
     narrower = sum(_narrower(target.weights[name], source.weights[name]) for name in both)
-    rounded = f"; {narrower} tensors in a narrower type" if narrower else ""
+    rounded = f"; {narrower} tensors rounded" if narrower else ""
     return f"{target.storage}, {size:,.1f} MB, from {source.storage}{rounded}"
 
 

@@ -109,8 +109,8 @@ class Stored:
         """
         self.check()
         model = build_model(self.config, dtype)
-        for name, weight in self.weights.items() if put else ():
-            if put and weight.packed is not None:
+        for name, weight in self.weights.items():
+            if put is not None and weight.packed is not None:
                 put(model, name.removesuffix(".weight"), weight.packed(), device)
         names = [name for name, _ in model.named_parameters()]  # a tied head has no name of its own
         tensors = {name: self._tensor(name, dtype, device) for name in names}

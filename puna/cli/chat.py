@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from puna.cli.models import MinP, Model, RepetitionPenalty, Speculate, Stop, TopK, packed
+from puna.cli.models import MinP, Model, RepetitionPenalty, Speculate, Stop, TopK, packed, stops
 from puna.errors import PunaError, UsageError
 from puna.log import harmless, log
 
@@ -38,14 +38,14 @@ def chat(
     tools: Annotated[Path | None, typer.Option(help="JSON list of functions it may call; you type results.")] = None,
 ) -> None:
     """Talk with a model: puna chat smollm2-135m"""
-    offered = _read_tools(tools) if tools else None
+    offered, ends = _read_tools(tools) if tools else None, stops(stop)
     llama = _load(model, dtype, template, packed(speculate))
     if speculate is not None:
         llama.speculation(speculate)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     options = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "stop": stop or [], "seed": seed, "speculate": speculate,
+        "repetition_penalty": repetition_penalty, "stop": ends, "seed": seed, "speculate": speculate,
     }  # fmt: skip
     # a template that is missing, or has no place for tools, is told before anyone types, as is a draft that is none
     llama.template.prompt([*messages, {"role": "user", "content": "?"}], offered)
@@ -178,21 +178,17 @@ def _answer(llama: Any, prompt: list[int], options: dict[str, Any]) -> tuple[lis
         Its ids, and what comes after them up to a stop string that begins inside an id.
     """
     ids: list[int] = []
-    said, text = "", None
+    tail = ""
     stream = llama.tokenizer.stream()
 
     def show(token: int) -> None:
-        nonlocal said
         ids.append(token)
-        said += (more := stream.feed(token))
-        print(harmless(more), end="", flush=True)
+        print(harmless(stream.feed(token)), end="", flush=True)
 
     try:
         [result] = llama.complete([prompt], on_token=show, **options)
-        text = result.completions[0].text
+        tail = llama.tail(result.completions[0])
     except KeyboardInterrupt:
         print(" ...", end="")
-    rest = stream.end()
-    tail = "" if text is None else text[len(said + rest) :]
-    print(harmless(rest + tail))
+    print(harmless(stream.end() + tail))
     return ids, tail

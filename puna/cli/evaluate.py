@@ -54,7 +54,6 @@ def evaluate(
     from puna.eval.table import TASKS
     from puna.eval.tasks import TaskConfig
     from puna.infer.llama import load
-    from puna.infer.sampling import Sampling
 
     listed = tasks if tasks.startswith(("{", "[")) else f"[{tasks}]"
     given = {**parse_words([f"tasks={listed}"]), "limit": limit, "shots": shots, "lenient": not strict}
@@ -65,25 +64,31 @@ def evaluate(
     _check_names(config.tasks)
     if text is not None and not text.is_file():
         raise DataError("no such file" + nearest_path(text), where=text)
-    if samples > 1 and not temperature:
-        raise UsageError(f"{samples} samples at temperature 0 are all the same", fix="--temperature 0.8")
+    sampling = _sampling(samples, temperature, seed)
     exams = [prepare(name, data, limit, shots, seed, max_tokens) for name in sets]
     _check_options(exams, list(config.tasks), shards, output, samples)
-    sampling = Sampling(n=samples, temperature=temperature, seed=seed)
     llamas = [load(name, dtype=dtype, packed="auto") for name in (model, against) if name]
     for length in (llama.model.config.max_seq_len for llama in llamas):
         room_for(max((exam.max_tokens for exam in exams), default=0), length)
     if shards:
         check_shards(shards, llamas[0].tokenizer)
     texts = [_text(llama, text) for llama in llamas] if text else []
-    measured = _exams(llamas, exams, sampling, batch_size, shards, ngram, output)
     results = []
+    measured = _exams(llamas, exams, sampling, batch_size, shards, ngram, output)
     for row in chain(texts, _procedural(llamas, config), measured):
         results.append(row)
         if not as_json:
             _print(row)
     if as_json:
         print_json(results)
+
+
+def _sampling(samples: int, temperature: float, seed: int) -> Any:
+    from puna.infer.sampling import Sampling
+
+    if samples > 1 and not temperature:
+        raise UsageError(f"{samples} samples at temperature 0 are all the same", fix="--temperature 0.8")
+    return Sampling(n=samples, temperature=temperature, seed=seed)
 
 
 def _is_requests(name: str) -> bool:
@@ -124,8 +129,9 @@ def _check_options(exams: list[Any], others: list[str], shards: Path | None, out
         if given and (others or not exams):
             what = f"for {others[0]}" if others else "without --tasks"
             raise UsageError(f"{option} does nothing {what}", fix="tasks of `puna ls tasks`, in a call of their own")
-    for name in [exam.name for exam in exams if exam.kind != "code"] + others if samples > 1 else []:
-        raise UsageError(f"--samples does nothing for {name}", cause="pass@k is of code", fix="--tasks humaneval")
+    once = [exam.name for exam in exams if exam.kind != "code"] + others
+    if samples > 1 and once:
+        raise UsageError(f"--samples does nothing for {once[0]}", cause="pass@k is of code", fix="--tasks humaneval")
     if output:
         make_folder(output)
     if shards:

@@ -53,13 +53,15 @@ def generate(
     """Continue raw text: puna generate runs/pretrain -p "Once upon a time" """
     if dtype not in ("auto", "fp32", "bf16", "fp64"):
         raise UsageError(f"`{dtype}` is not a dtype", fix="--dtype auto, fp32, bf16 or fp64")
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs has no place in plain text", fix="--json --logprobs N")
     from puna.infer.llama import load
 
-    text = _prompt(prompt)
+    text, ends = _prompt(prompt), stops(stop)
     llama = load(model, dtype=dtype, device=device, packed=packed(speculate))
     before = llama.encode(text, special=special)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "n": n}
-    penalties = {"repetition_penalty": repetition_penalty, "stop": stop or [], "logprobs": logprobs}
+    penalties = {"repetition_penalty": repetition_penalty, "stop": ends, "logprobs": logprobs}
     [result] = llama.complete([before], max_tokens, speculate=speculate, **sampling, **penalties)
     if speculate:
         log.info("%s", llama.speculation(speculate))
@@ -68,6 +70,13 @@ def generate(
         print_json(told if n > 1 else told[0])
     else:
         print("\n\n".join(text + each["text"] for each in told))
+
+
+def stops(given: list[str] | None) -> list[str]:
+    """What `--stop` was given, before a model is loaded."""
+    if given and not all(given):
+        raise UsageError("--stop is empty", cause="nothing ends at no text", fix='--stop "END", or leave it out')
+    return given or []
 
 
 def packed(speculate: str | None) -> Literal[False, "auto"]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from puna.model.config import count_parameters
 from puna.ops.packed_layers import packed_layers
 from puna.quant.gptq import gptq
 from puna.quant.quantize import pack_layers, planned
-from puna.quant.schemes import scheme
+from puna.quant.schemes import Kind, scheme
 
 CERTIFICATE = "certificate.json"
 _CALIBRATION = 8192  # ids: some ten for each input of a small model, and minutes instead of hours for a large one
@@ -69,15 +69,7 @@ def quantize(
     plan = planned(before.model, to)
     sizes = {"before": sum(file.stat().st_size for file in stored.files), "bf16": 2 * parameters}
     first = observe(before, prompts, max_tokens, text)
-    with Progress("quantizing", len(plan)) as bar:
-
-        def told_of(layer: str) -> None:
-            bar.update(bar.done + 1, layer)
-
-        if calibration:
-            blocks = {name: plan.pop(name) for name in list(plan) if name.startswith("layers.")}
-            gptq(before.model, blocks, _windows(before, calibration), told_of)
-        pack_layers(before.model, plan, told_of)
+    _round(before, plan, calibration)
     told = {
         "scheme": name, "group": to.linears.group, "compact": compact, "calibrated": bool(calibration),
         "storage": stored.storage, "torch": torch.__version__, "max_tokens": max_tokens,
@@ -93,6 +85,19 @@ def quantize(
         certificate = {**told, **_sizes(after, sizes), **differences(first, second, len(text.encode()))}
         write_json(folder / CERTIFICATE, {"format": 1, "source": str(source), **certificate})
     return certificate
+
+
+def _round(llama: Llama, plan: Mapping[str, Kind], calibration: str) -> None:
+    """Every layer of `plan`: those of the blocks by a text, if there is one, and all others to the nearest."""
+    with Progress("quantizing", len(plan)) as bar:
+
+        def told_of(layer: str) -> None:
+            bar.update(bar.done + 1, layer)
+
+        blocks = {name: kind for name, kind in plan.items() if calibration and name.startswith("layers.")}
+        if blocks:
+            gptq(llama.model, blocks, _windows(llama, calibration), told_of)
+        pack_layers(llama.model, {name: kind for name, kind in plan.items() if name not in blocks}, told_of)
 
 
 def _windows(llama: Llama, text: str) -> Tensor:

@@ -90,7 +90,7 @@ def sit(exam: Exam, reader: Reader, sampling: Sampling | None = None) -> Marks:
     Args:
         sampling: temperature, seed and n of written answers; by default the likeliest answer, once.
     """
-    questions, cut = exam.asked.questions, reader.cut
+    questions, cut, unfinished = exam.asked.questions, reader.cut, reader.unfinished
     sampling = sampling or Sampling()
     if exam.kind == "choice":
         judged = _choices(exam, reader)
@@ -102,15 +102,16 @@ def sit(exam: Exam, reader: Reader, sampling: Sampling | None = None) -> Marks:
     else:
         judged = _written(exam, reader, sampling)
     answers = [Answered(q, values, told) for q, (values, told) in zip(questions, judged, strict=True)]
-    return Marks(exam, answers, reader.cut - cut, {**reader.about, **_drawn(exam, sampling)})
+    drawn = _drawn(exam, sampling, reader.unfinished - unfinished)
+    return Marks(exam, answers, reader.cut - cut, {**reader.about, **drawn})
 
 
-def _drawn(exam: Exam, sampling: Sampling) -> dict[str, Any]:
-    """How written answers were drawn."""
+def _drawn(exam: Exam, sampling: Sampling, unfinished: int) -> dict[str, Any]:
+    """How written answers were drawn, and how many of them `max_tokens` cut short."""
     if exam.kind in ("choice", "cloze"):
         return {"seed": exam.seed}
     drawn = {"temperature": sampling.temperature, "samples": sampling.n, "max_tokens": exam.max_tokens}
-    return {"seed": exam.seed, **drawn, "sampling_seed": sampling.seed}
+    return {"seed": exam.seed, **drawn, "sampling_seed": sampling.seed, "unfinished": unfinished}
 
 
 def _choices(exam: Exam, reader: Reader) -> list[tuple[Values, dict[str, Any]]]:

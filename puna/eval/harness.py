@@ -55,7 +55,8 @@ def as_lm(llama: Llama, *, batch: int = 32, max_gen_toks: int = 256) -> Any:
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             answers: dict[int, str] = {}
-            for settings, places in _alike([request.args[1] for request in requests]):
+            for asked, places in _alike([request.args[1] for request in requests]):
+                settings = sampling_of(asked, max_gen_toks)
                 written = self.reader.write([requests[place].args[0] for place in places], settings)
                 answers |= {place: texts[0] for place, texts in zip(places, written, strict=True)}
             return [answers[place] for place in range(len(requests))]
@@ -73,14 +74,15 @@ def as_lm(llama: Llama, *, batch: int = 32, max_gen_toks: int = 256) -> Any:
                 return ""
             return self.apply_chat_template([{"role": "user", "content": "{content}"}])
 
-    def _alike(asked: Sequence[Mapping[str, Any]]) -> list[tuple[Sampling, list[int]]]:
-        """Places of requests that are sampled alike."""
-        groups: dict[str, list[int]] = {}
-        for place, settings in enumerate(asked):
-            groups.setdefault(repr(sorted(settings.items())), []).append(place)
-        return [(sampling_of(asked[places[0]], max_gen_toks), places) for places in groups.values()]
-
     return PunaLM()
+
+
+def _alike(asked: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], list[int]]]:
+    """The settings that requests have, each with the places of those that have them."""
+    groups: dict[str, list[int]] = {}
+    for place, settings in enumerate(asked):
+        groups.setdefault(repr(sorted(settings.items())), []).append(place)
+    return [(asked[places[0]], places) for places in groups.values()]
 
 
 def sampling_of(settings: Mapping[str, Any], max_gen_toks: int = 256) -> Sampling:

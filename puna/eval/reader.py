@@ -43,6 +43,8 @@ class Reader:
         self.encoder = Encoder(llama.tokenizer, self.max_seq_len, special=special)
         # behind a letter: a tokenizer may drop the space that a text begins with, and Python's first line has four
         self.decode = partial(llama.tokenizer.decode_after, llama.tokenizer.encode("a"))
+        self.unfinished = 0
+        """How many written texts have ended at their length, so far."""
         self.engine = Engine(llama.model, decode=self.decode, batch=batch, chunk=chunk)
 
     @property
@@ -88,6 +90,7 @@ class Reader:
                 progress(done)
 
         results = self.engine.run(requests, count)
+        self.unfinished += sum(c.finish_reason == "length" for result in results for c in result.completions)
         return [[self._text(c.token_ids, c.text) for c in result.completions] for result in results]
 
     def _text(self, ids: Sequence[int], text: str | None) -> str:

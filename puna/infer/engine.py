@@ -6,7 +6,6 @@ does not depend on the others: `generate` is the oracle. So it is to the id in f
 for other kernels take over with more rows, and where two ids are nearly as likely they may choose the other.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from logging import DEBUG, INFO
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from puna.device import memory
 from puna.errors import ResourceError, UsageError
 from puna.infer.adapters import Adapters
 from puna.infer.forward import Row, forward
@@ -349,8 +349,8 @@ def _default_tokens(model: Transformer, batch: int, device: torch.device) -> int
     """What `batch` contexts take, in at most _CACHE_BYTES; one whole context if half of the memory holds it."""
     config = model.config
     size = 2 * config.n_layers * config.n_kv_heads * config.head_dim * model.compute_dtype.itemsize  # bytes a token
-    memory = max(_CACHE_BYTES, min(config.max_seq_len * size, _memory(device) // 2))
-    count = min(batch * config.max_seq_len, memory // size)
+    room = max(_CACHE_BYTES, min(config.max_seq_len * size, _memory(device) // 2))
+    count = min(batch * config.max_seq_len, room // size)
     cut = count < config.max_seq_len
     told = f"less than a context of {config.max_seq_len:,}: Engine(tokens=...)" if cut else f"{batch} texts at a time"
     log.log(INFO if cut else DEBUG, "cache: %s tokens in %.1f GB (%s)", f"{count:,}", count * size / 2**30, told)
@@ -361,7 +361,8 @@ def _memory(device: torch.device) -> int:
     """Bytes. All there is on a CPU, where a cache takes only what it uses."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    known = memory()
+    return known.limit or known.total
 
 
 def _result(samples: list[Sample]) -> Result:

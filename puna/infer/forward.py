@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from puna.infer.native import use_native
 from puna.infer.paged_cache import PagedCache
 from puna.model.mode import evaluating
 from puna.model.transformer import Transformer
@@ -20,7 +21,11 @@ class Row(NamedTuple):
 
 
 def forward(model: Transformer, cache: PagedCache, rows: list[Row]) -> Tensor:
-    """The final hidden states of the rows' ids, one row after another: (N, dim)."""
+    """The final hidden states of the rows' ids, one row after another: (N, dim).
+
+    Whoever generates comes through here, so here the model is told that it may use the native kernels.
+    """
+    use_native(model)
     ids = [i for row in rows for i in row.ids]
     places = [p for row in rows for p in range(row.start, row.start + len(row.ids))]
     tokens, positions = torch.tensor([[ids], [places]], device=cache.device)

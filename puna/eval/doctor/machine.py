@@ -13,6 +13,7 @@ import torch
 
 from puna import __version__
 from puna.device import calibrate_threads, choose_device, choose_dtype, compile_problem, cores
+from puna.device import memory as device_memory
 from puna.packages import cache
 
 PACKAGES = (
@@ -23,7 +24,6 @@ _FLAGS = ("OMP_", "KMP_", "GOMP_", "MKL_", "MALLOC_", "CUDA_VISIBLE", "PYTORCH_"
 _UNITS = ("avx", "amx", "bf16", "sve", "neon", "dot")  # what matrix products are made of
 _PRELOAD = "LD_PRELOAD"
 _GB = 1e9
-_CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 class Warned(NamedTuple):
@@ -86,14 +86,7 @@ def warnings(machine: Mapping[str, Any]) -> list[Warned]:
 
 def memory() -> dict[str, float | None]:
     """GB of the machine, available now, and the container's limit (null: none)."""
-    lines = (line.split() for line in _text("/proc/meminfo").splitlines())
-    known = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) > 1}
-    total = known.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [int(text) for text in map(_text, _CGROUP) if text.isdigit()]
-    limit = min((size for size in limits if size < total), default=None)
-    available = known.get("MemAvailable", total)
-    available = available if limit is None else min(available, limit)
-    sizes = {"total": total, "available": available, "limit": limit}
+    sizes = device_memory()._asdict()
     return {name: None if size is None else round(size / _GB, 1) for name, size in sizes.items()}
 
 
