@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from puna.infer.goodput import Goodput, Times
 from puna.infer.request import Request
 from puna.infer.sample import Sample
+from puna.infer.speculation.goodput import Goodput, Times
 
 
 class Machine:

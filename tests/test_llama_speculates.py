@@ -7,8 +7,8 @@ from command_line import puna_forked
 from test_model import BASE, build
 
 from puna.errors import UsageError
-from puna.infer.draft import Draft
 from puna.infer.llama import Llama
+from puna.infer.speculation.draft import Draft
 from puna.model.config import ModelConfig
 from puna.quant.quantize import quantize_model
 from puna.recipes import run

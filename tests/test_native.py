@@ -18,14 +18,14 @@ from test_speculate import eager
 from puna.checkpoint.adapter import save_adapter
 from puna.errors import UsageError
 from puna.infer import native as on_models
+from puna.infer.cache.paged_cache import PagedCache
 from puna.infer.engine import Engine
 from puna.infer.forward import Row, forward
 from puna.infer.generate import generate
 from puna.infer.native import use_native
-from puna.infer.paged_cache import PagedCache
 from puna.infer.request import Request
 from puna.infer.sampling import Sampling
-from puna.infer.speculate import Lookup
+from puna.infer.speculation.speculate import Lookup
 from puna.log import log
 from puna.lora import LoraConfig, add_lora, lora_parameters, merge_lora
 from puna.model.config import ModelConfig

@@ -17,7 +17,7 @@ from puna.errors import CheckpointError, UsageError
 from puna.infer.engine import Engine
 from puna.infer.native import use_native
 from puna.infer.request import Request, Sampling
-from puna.infer.speculate import Lookup
+from puna.infer.speculation.speculate import Lookup
 from puna.lora import LoraConfig, add_lora, lora_parameters, merge_lora
 from puna.model.transformer import Transformer
 from puna.tokenizer.tokenizer import Tokenizer

@@ -11,14 +11,14 @@ from test_engine import CONFIG, alone, answers, mixed
 from test_model import BASE, build
 
 from puna.errors import UsageError
-from puna.infer.draft import Draft, SelfDraft
+from puna.infer.cache.paged_cache import PagedCache
 from puna.infer.engine import Engine
-from puna.infer.goodput import Goodput
-from puna.infer.paged_cache import PagedCache
 from puna.infer.request import Request, Sampling
 from puna.infer.sample import Sample
 from puna.infer.sampling import Filters, penalized, probabilities
-from puna.infer.speculate import Guesses, Lookup, Proposer, Speculation
+from puna.infer.speculation.draft import Draft, SelfDraft
+from puna.infer.speculation.goodput import Goodput
+from puna.infer.speculation.speculate import Guesses, Lookup, Proposer, Speculation
 from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
 

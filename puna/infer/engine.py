@@ -17,15 +17,15 @@ from torch import Tensor
 from puna.device import memory
 from puna.errors import ResourceError, UsageError
 from puna.infer.adapters import Adapters
+from puna.infer.cache.paged_cache import PagedCache
 from puna.infer.forward import Row, forward
 from puna.infer.graphs import DecodeGraphs
-from puna.infer.paged_cache import PagedCache
 from puna.infer.request import Event, FinishReason, Likelihood, Request, Result, TokenLogprob
 from puna.infer.sample import Sample, choose
 from puna.infer.sampling import Sampling
 from puna.infer.scheduler import Chunk, Scheduler
 from puna.infer.scoring import logprobs, score_prompts
-from puna.infer.speculate import Proposer, Speculation
+from puna.infer.speculation.speculate import Proposer, Speculation
 from puna.infer.stopping import Decode
 from puna.infer.weights import WeightWatch
 from puna.log import log

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from puna.infer.cache.paged_cache import PagedCache
 from puna.infer.native import use_native
-from puna.infer.paged_cache import PagedCache
 from puna.model.mode import evaluating
 from puna.model.transformer import Transformer
 from puna.ops.paged_attention import Piece

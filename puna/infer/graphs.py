@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from puna.infer.cache.paged_cache import PagedCache, StepCache
 from puna.infer.forward import Row
-from puna.infer.paged_cache import PagedCache, StepCache
 from puna.log import log
 from puna.model.mode import evaluating
 from puna.model.transformer import Transformer

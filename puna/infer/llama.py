@@ -19,14 +19,14 @@ from puna.checkpoint.registry import find_model, open_model
 from puna.device import choose_device, choose_dtype
 from puna.errors import UsageError
 from puna.files import as_path, atomic_folder
-from puna.infer.draft import Draft, SelfDraft, packed_copy
+from puna.infer.cache.paged_cache import PagedCache
 from puna.infer.engine import Engine
 from puna.infer.forward import Row, forward
 from puna.infer.native import FEW_TOKENS
-from puna.infer.paged_cache import PagedCache
 from puna.infer.request import Completion, Event, Request, Result
 from puna.infer.sampling import Sampling
-from puna.infer.speculate import Lookup, Proposer, Speculation
+from puna.infer.speculation.draft import Draft, SelfDraft, packed_copy
+from puna.infer.speculation.speculate import Lookup, Proposer, Speculation
 from puna.lineage import lineage
 from puna.log import log
 from puna.model.config import count_parameters

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
-from puna.infer.paged_cache import StepCache
+from puna.infer.cache.paged_cache import StepCache
 from puna.model.transformer import MLP, Attention, Block, Linear, Transformer
 from puna.ops.linear import linear
 from puna.ops.native import library

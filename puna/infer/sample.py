@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puna.infer.paged_cache import CachedText
+from puna.infer.cache.paged_cache import CachedText
 from puna.infer.request import Completion, FinishReason, Request, TokenLogprob
 from puna.infer.sampling import Filters, Sampling, penalized, sample
 from puna.infer.stopping import Decode, StopStrings

@@ -3,7 +3,7 @@
 from collections import deque
 from typing import NamedTuple
 
-from puna.infer.paged_cache import PagedCache
+from puna.infer.cache.paged_cache import PagedCache
 from puna.infer.sample import Sample
 
 

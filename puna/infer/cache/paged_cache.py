@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puna.infer.blocks import Blocks, key_of
+from puna.infer.cache.blocks import Blocks, key_of
 from puna.model.config import ModelConfig
 from puna.ops.attention import Mask
 from puna.ops.paged_attention import BLOCK, Piece, Pieces, paged_attention

@@ -8,10 +8,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from puna.errors import UsageError
+from puna.infer.cache.paged_cache import CachedText, PagedCache
 from puna.infer.forward import Row, forward
-from puna.infer.paged_cache import CachedText, PagedCache
 from puna.infer.sample import Sample, choose
-from puna.infer.speculate import Proposer
+from puna.infer.speculation.speculate import Proposer
 from puna.model.transformer import Transformer
 from puna.quant.quantize import quantize_model
 

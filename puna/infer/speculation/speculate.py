@@ -12,10 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
-from puna.infer.goodput import Goodput, Times
-from puna.infer.paged_cache import PagedCache
+from puna.infer.cache.paged_cache import PagedCache
 from puna.infer.sample import Sample
 from puna.infer.scheduler import Chunk
+from puna.infer.speculation.goodput import Goodput, Times
 
 
 class Proposer(ABC):
