@@ -121,7 +121,8 @@ class Sample:
 def choose(logits: Tensor, places: Sequence[tuple[Sample, Sequence[int]]]) -> Tensor:
     """The id each sample goes on with after ids that are guessed to follow it: (B, V) -> (B,)."""
     asked = [each.request.sampling for each, _ in places]
-    logits = penalized(logits, [_penalties(each, guess) for each, guess in places])
+    if any(sampling.changes_logits for sampling in asked):
+        logits = penalized(logits, [_penalties(each, guess) for each, guess in places])
     drawn = [each.draws(len(guess) + 1)[-1] for each, guess in places]
     return sample(logits, Filters.of(asked, logits.device), drawn)
 

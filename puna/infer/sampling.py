@@ -153,8 +153,6 @@ def _nucleus(p: Tensor, top_p: Tensor) -> Tensor:
 
 def penalized(logits: Tensor, rows: Sequence[tuple[Sampling, Sequence[int], Sequence[int]]]) -> Tensor:
     """Logits (B, V) with the biases and penalties of each row (its parameters, its prompt, its answer so far)."""
-    if not any(sampling.changes_logits for sampling, _, _ in rows):
-        return logits
     logits = logits.float().clone()
     for row, (sampling, prompt, answer) in zip(logits, rows, strict=True):
         if sampling.repetition_penalty != 1:

@@ -1,0 +1,1 @@
+"""Guesses about what comes next, who makes them, and how many pay."""
