@@ -88,7 +88,7 @@ def _native_bf16(device: "torch.device") -> tuple[bool, str]:
 
 
 def require_memory(size: int, device: "torch.device") -> None:
-    """Refuse before anything is read when `device` has less than 1.1 x `size` bytes free.
+    """Refuse before anything is read when `device` has less than 1.1 x `size` bytes free, where that can be known.
 
     Raises:
         ResourceError: it has less.
@@ -96,7 +96,7 @@ def require_memory(size: int, device: "torch.device") -> None:
     import torch
 
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory().available
-    if free < 1.1 * size:
+    if free is not None and free < 1.1 * size:
         raise ResourceError(
             f"{size / 1e9:.2f} GB of weights do not fit into {free / 1e9:.2f} GB of free memory",
             fix="a machine with more, or a smaller model",
@@ -107,8 +107,8 @@ class Memory(NamedTuple):
     """Of the machine, in bytes."""
 
     total: int
-    available: int
-    """What can be had without swapping, within `limit`; `total` where no system tells."""
+    available: int | None
+    """What can be had without swapping, within `limit`; None where no system tells."""
     limit: int | None
     """The container's, where there is one."""
 
@@ -120,8 +120,8 @@ def memory() -> Memory:
     total = known.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [int(text) for text in map(_text, _CGROUP) if text.isdigit()]
     limit = min((size for size in limits if size < total), default=None)
-    available = known.get("MemAvailable", total)
-    return Memory(total, available if limit is None else min(available, limit), limit)
+    told = [size for size in (known.get("MemAvailable"), limit) if size is not None]
+    return Memory(total, min(told, default=None), limit)
 
 
 def _text(path: str | Path) -> str:

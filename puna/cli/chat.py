@@ -178,17 +178,21 @@ def _answer(llama: Any, prompt: list[int], options: dict[str, Any]) -> tuple[lis
         Its ids, and what comes after them up to a stop string that begins inside an id.
     """
     ids: list[int] = []
-    tail = ""
+    said, text = "", None
     stream = llama.tokenizer.stream()
 
     def show(token: int) -> None:
+        nonlocal said
         ids.append(token)
-        print(harmless(stream.feed(token)), end="", flush=True)
+        said += (more := stream.feed(token))
+        print(harmless(more), end="", flush=True)
 
     try:
         [result] = llama.complete([prompt], on_token=show, **options)
-        tail = llama.tail(result.completions[0])
+        text = result.completions[0].text
     except KeyboardInterrupt:
         print(" ...", end="")
-    print(harmless(stream.end() + tail))
+    rest = stream.end()
+    tail = "" if text is None else text[len(said + rest) :]
+    print(harmless(rest + tail))
     return ids, tail

@@ -91,9 +91,9 @@ class Llama:
 
     def added_text(self, before: Sequence[int], completion: Completion) -> str:
         """What a completion adds to the text of the ids before it, up to a stop string."""
-        return self.tokenizer.decode_after(before, completion.token_ids) + self.tail(completion)
+        return self.tokenizer.decode_after(before, completion.token_ids) + self._tail(completion)
 
-    def tail(self, completion: Completion) -> str:
+    def _tail(self, completion: Completion) -> str:
         """What comes after the last id, up to a stop string that begins inside the next one."""
         text = completion.text
         return "" if text is None else text[len(self.tokenizer.decode(completion.token_ids)) :]
@@ -122,7 +122,7 @@ class Llama:
         or those that are built in."""
         [result] = self.complete([self.template.prompt(messages, tools)], max_tokens, **sampling)
         [completion] = result.completions
-        return self.template.answer(completion.token_ids, tools, self.tail(completion))
+        return self.template.answer(completion.token_ids, tools, self._tail(completion))
 
     @cached_property
     def template(self) -> ChatFormat:

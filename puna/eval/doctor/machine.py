@@ -86,7 +86,8 @@ def warnings(machine: Mapping[str, Any]) -> list[Warned]:
 
 def memory() -> dict[str, float | None]:
     """GB of the machine, available now, and the container's limit (null: none)."""
-    sizes = device_memory()._asdict()
+    known = device_memory()
+    sizes = known._asdict() | {"available": known.available or known.total}
     return {name: None if size is None else round(size / _GB, 1) for name, size in sizes.items()}
 
 
