@@ -118,7 +118,7 @@ def _conversations(config: str, words: list[str], numbers: list[int] | None) -> 
     from puna.config import parse_words
     from puna.data.packing import pack
     from puna.recipes import config_file, load, recipe_of
-    from puna.recipes.sft import encode
+    from puna.tune.rows import encode
 
     recipe = recipe_of(config_file(config))
     if recipe != "sft":

@@ -4,39 +4,35 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from puna.checkpoint.adapter import save_adapter
-from puna.checkpoint.model_directory import save_model
 from puna.checkpoint.registry import load_tokenizer
 from puna.config import Config as BaseConfig
-from puna.config import RecipeConfig, UserPath
-from puna.data.conversations import ChatSource, given, read_conversations
-from puna.data.packing import PackedLoader, encode_conversations, split_rows
-from puna.device import choose_dtype
+from puna.config import UserPath
+from puna.data.conversations import ChatSource, given
+from puna.data.packing import PackedLoader, split_rows
 from puna.dist.collectives import from_first, on_first
 from puna.dist.fsdp import shard
 from puna.dist.shared import shared_run, stop_together, use_machine
-from puna.errors import DataError
 from puna.eval.conversations import mean_loss, replies
 from puna.eval.tasks import TaskConfig, check_tasks, compare, evaluate_tasks
 from puna.files import atomic_folder, write_json
-from puna.infer.llama import Llama, load
+from puna.infer.llama import Llama
 from puna.infer.rehearsal import rehearsal
 from puna.lineage import lineage, parent
 from puna.log import clock, harmless, log
-from puna.lora import LoraConfig, add_lora, lora_parameters
 from puna.ranks import rank
 from puna.run_folder import Run
-from puna.tokenizer.chat.format import ChatFormat, Encoded, Train, has_template
-from puna.tokenizer.tokenizer import Tokenizer
+from puna.tokenizer.chat.format import Encoded, has_template
 from puna.train.compile import compile_blocks
 from puna.train.fit import TrainConfig, fit
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
+from puna.tune.model import TunedModel, load_tuned, saver
+from puna.tune.rows import ChatRows, encode, template_variables
 
 
 # Own classes, not a changed default instance: `train.keep=3` builds the section anew from its class.
@@ -61,30 +57,12 @@ class SampleConfig(BaseConfig):
     max_tokens: int = 48
 
 
-class Config(RecipeConfig):
+class Config(TunedModel, ChatRows):
     """Supervised fine-tuning: the assistant's words are trained, everything else is read."""
 
     recipe: Literal["sft"] = "sft"  # type: ignore[assignment]
     output: UserPath = Path("runs/sft")
-    model: str = "runs/pretrain"
-    """What to start from: a model or run folder, a .gguf file, or smollm2-135m."""
-    data: ChatSource = ChatSource()
-    template: str | None = None
-    """llama2, llama3, llama3.1, llama3.2, llama3.2-pythonic, llama3.3 or chatml; null takes the model's own."""
-    date_string: str = "26 Jul 2024"
-    """The day that templates of Llama 3.1 and later name: today's would make other ids of the same data every day."""
-    variables: dict[str, Annotated[bool | str | list[str], Field(union_mode="left_to_right")]] = {}
-    """What else the template asks for: `builtin_tools: [brave_search, code_interpreter]`, say, of Llama 3.1."""
-    train_on: Train = "all"
-    """all: every assistant message; last: the last one of each conversation."""
-    lora: LoraConfig | None = LoraConfig()
-    """Adapters on a frozen base; null trains every weight."""
-    seq_len: PositiveInt = 512
-    """Ids in a packed row. Longer conversations are cut."""
-    batch_size: PositiveInt = 4
     steps: PositiveInt = 200
-    valid_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Conversations held out (by hash) to measure the loss on."""
     rehearse: NonNegativeInt = 0
     """Questions the untuned chat model asks and answers itself first; trained along they keep it from forgetting."""
     watch: ChatSource = ChatSource()
@@ -92,8 +70,6 @@ class Config(RecipeConfig):
     judge: TaskConfig = TaskConfig()
     """Tasks to measure before and after: before with solved examples and against the majority answer."""
     samples: SampleConfig = SampleConfig()
-    save_dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
-    """Of a fully trained model; adapters are fp32."""
     compile: bool = False
     """Compile what lies around attention (torch.compile): worth it above some minutes of training."""
     train: Training = Training()
@@ -106,7 +82,7 @@ def main(config: Config) -> Path:
         tokenizer, rows = encode(config, load_tokenizer(config.model), config.data)
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
         use_machine(run)
-        base = _load(config)
+        base = load_tuned(config, template_variables(config))
         llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
         train, valid = split_rows(rows, config.valid_fraction)
         if config.rehearse:
@@ -120,10 +96,7 @@ def main(config: Config) -> Path:
         held_out = {name: packed(rows, seed=0) for name, rows in named.items() if rows}
         parents, asked = [parent(config.model, base.path)], config.model_dump(mode="json")
         made_from = lineage("sft", parents, config=asked, data=batches.fingerprint)
-        save: Any = partial(save_model, model=llama.model, save_dtype=config.save_dtype, tokenizer=tokenizer)
-        save = partial(save, stop_ids=llama.stop_ids)
-        if config.lora:
-            save = partial(save_adapter, model=llama.model, config=config.lora, base=config.model, tokenizer=tokenizer)
+        save = saver(config, llama)
         evaluate = partial(_evaluate, run=run, llama=llama, config=config, held_out=held_out)
         before = run.once("judged", partial(_judge, base if has_template(base.tokenizer) else llama, config.judge))
         if not from_first(lambda: bool(run.metrics.read())):
@@ -148,32 +121,6 @@ def main(config: Config) -> Path:
             save(folder, lineage={**made_from, "metrics": result})
     log.info("tuned in %s: %s", clock(state.seconds), run.final)
     return config.output
-
-
-def encode(config: Config, tokenizer: Tokenizer, source: ChatSource) -> tuple[Tokenizer, list[Encoded]]:
-    """The tokenizer with the chat template in force, and every conversation of the source as ids and mask."""
-    chat = ChatFormat(tokenizer, config.template, **_variables(config))
-    rows = encode_conversations(read_conversations(source), chat, config.seq_len, config.train_on)
-    return tokenizer.with_template(chat.source), rows
-
-
-def _variables(config: Config) -> dict[str, Any]:
-    return {"date_string": config.date_string, **config.variables}
-
-
-def _load(config: Config) -> Llama:
-    """The base in the compute dtype under adapters, or in fp32 with that compute dtype to train every weight."""
-    if config.lora:
-        llama = load(config.model, dtype=config.dtype, device=config.device, variables=_variables(config))
-        if lora_parameters(llama.model):
-            raise DataError("the model is an adapter itself", where=config.model, fix="puna merge it first")
-        add_lora(llama.model, config.lora, config.seed)
-        count = sum(p.numel() for p in lora_parameters(llama.model).values())
-        log.info("training %s adapter weights of rank %d", f"{count:,}", config.lora.rank)
-        return llama
-    llama = load(config.model, dtype="fp32", device=config.device, variables=_variables(config))
-    llama.model.compute_dtype = choose_dtype(config.dtype, next(llama.model.parameters()).device)
-    return llama
 
 
 def _evaluate(
