@@ -12,14 +12,16 @@ from puna.cli import (
     completion,
     configs,
     convert,
+    data,
     doctor,
     download,
     evaluate,
     inspect,
-    look,
     models,
     quantize,
     quickstart,
+    runs,
+    tokenizer,
     verify,
 )
 from puna.cli.mistakes import Verbs, told
@@ -44,7 +46,9 @@ quantize.register(app)
 chat.register(app)
 evaluate.register(app)
 download.register(app)
-look.register(app)
+tokenizer.register(app)
+data.register(app)
+runs.register(app)
 doctor.register(app)
 quickstart.register(app)
 verify.register(app)

@@ -60,7 +60,7 @@ def ls(
 
     sections = {"recipes": RECIPES, "configs": CONFIGS}
     if what == "runs":
-        from puna.cli.look import find_runs
+        from puna.cli.runs import find_runs
 
         print_rows(find_runs(Path(".")), as_json)
         return

@@ -56,6 +56,10 @@ class Conversation(NamedTuple):
     where: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    source: str = ""
+    """Which part of a mixture it belongs to."""
+    text: str | None = None
+    """Raw text instead of messages: every id of it is trained."""
 
 
 def read_conversations(source: ChatSource) -> Iterator[Conversation]:

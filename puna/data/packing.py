@@ -26,7 +26,7 @@ def encode_conversations(
     """
     rows, cut = [], 0
     bos = chat.tokenizer.named_id("bos_token")
-    for where, messages, tools in conversations:
+    for where, messages, tools, *_ in conversations:
         try:
             ids, trained = chat.encode(messages, train, tools)
         except DataError as error:

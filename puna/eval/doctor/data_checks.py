@@ -43,7 +43,7 @@ def mask(case: Case) -> Parts:
     """The trained stretches against the assistant's messages, word for word, each with a control token at its end."""
     wrong, endless = 0, 0
     special = set(case.tokenizer.special_tokens.values())
-    for (_, messages, _), (ids, trained) in zip(case.conversations, _encoded(case), strict=True):
+    for (_, messages, *_), (ids, trained) in zip(case.conversations, _encoded(case), strict=True):
         said = [m for m in messages if m["role"] == "assistant" and m.get("train", True)]
         stretches = [ids[start:end] for start, end in stretches_of(trained)]
         endless += sum(stretch[-1] not in special for stretch in stretches)
@@ -69,7 +69,7 @@ def prompt(case: Case) -> Parts:
     """The ids generation starts from against those that stood before the answer in training."""
     assert case.chat is not None
     wrong = 0
-    for (_, messages, tools), (ids, trained) in zip(case.conversations, _encoded(case), strict=True):
+    for (_, messages, tools, *_), (ids, trained) in zip(case.conversations, _encoded(case), strict=True):
         starts = [start for start, _ in stretches_of(trained)]
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
         for start, answer in zip(starts, answers, strict=False):

@@ -1,4 +1,4 @@
-"""Verbs that look at what recipes wrote: tokenizer, data, runs."""
+"""`puna data`: look at what a model learns from."""
 
 import sys
 from pathlib import Path
@@ -7,74 +7,20 @@ from typing import Annotated, Any
 import typer
 
 from puna.cli.mistakes import Verbs
-from puna.cli.output import Json, print_fields, print_json, print_rows
+from puna.cli.output import Json, print_json
 from puna.errors import UsageError
-from puna.log import Metrics, clock, harmless
+from puna.log import harmless
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of token shards.")]
-TokenizerFolder = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A tokenizer, model or run folder, a tokenizer.model, .bin or .gguf, or smollm2-135m."
-    ),
-]
 
 
 def register(app: typer.Typer) -> None:
-    group: Any = {"no_args_is_help": True, "cls": Verbs}
-    tokenizer = typer.Typer(help="Look through a tokenizer: encode, decode, inspect.", **group)
-    tokenizer.command("encode")(encode)
-    tokenizer.command("decode")(decode)
-    tokenizer.command("inspect")(inspect_tokenizer)
-    data = typer.Typer(help="Look at data: show shards or what an sft config trains, stats.", **group)
+    data = typer.Typer(
+        help="Look at data: show shards or what an sft config trains, stats.", no_args_is_help=True, cls=Verbs
+    )
     data.command("show")(show_data)
     data.command("stats")(stats)
-    runs = typer.Typer(help="Look at runs: ls, show.", **group)
-    runs.command("ls")(ls_runs)
-    runs.command("show")(show_run)
-    app.add_typer(tokenizer, name="tokenizer")
     app.add_typer(data, name="data")
-    app.add_typer(runs, name="runs")
-
-
-def encode(
-    folder: TokenizerFolder,
-    text: Annotated[str, typer.Argument(help="Text to encode.")],
-    special: Annotated[bool, typer.Option("--special", help="Control strings become control ids.")] = False,
-    as_json: bool = Json,
-) -> None:
-    """Ids of a text, each with its spelling."""
-    tokenizer = _tokenizer(folder)
-    ids = tokenizer.encode(text, special=special)
-    if as_json:
-        print_json(ids)
-        return
-    print(*ids)
-    print("|".join(tokenizer.piece(i) for i in ids))
-
-
-def decode(folder: TokenizerFolder, ids: Annotated[list[int], typer.Argument(help="Ids to decode.")]) -> None:
-    """Text of ids."""
-    tokenizer = _tokenizer(folder)
-    if outside := [i for i in ids if not 0 <= i < tokenizer.vocab_size]:
-        raise UsageError(f"no such id: {outside}", cause=f"the tokenizer has ids 0 to {tokenizer.vocab_size - 1}")
-    print(tokenizer.decode(ids, special=True))
-
-
-def inspect_tokenizer(folder: TokenizerFolder, as_json: bool = Json) -> None:
-    """Size, special ids, fingerprint."""
-    tokenizer = _tokenizer(folder)
-    named = {n: i for n, i in tokenizer.special_tokens.items() if "reserved_special_token" not in n}
-    others = len(tokenizer.special_tokens) - len(named)
-    more = f", and {others} that are reserved" if others else ""
-    fields = {
-        "ids": tokenizer.vocab_size,
-        "begins with": f"{tokenizer.token(tokenizer.bos_id)} ({tokenizer.bos_id})" if tokenizer.adds_bos else "nothing",
-        "stops at": ", ".join(f"{tokenizer.token(i)} ({i})" for i in tokenizer.stop_ids),
-        "control ids": f"{len(tokenizer.special_tokens)}: " + ", ".join(f"{n} {i}" for n, i in named.items()) + more,
-        "fingerprint": tokenizer.fingerprint,
-    }
-    print_fields(fields, as_json)
 
 
 def show_data(
@@ -171,49 +117,6 @@ def stats(folder: Folder, as_json: bool = Json) -> None:
     for name, s in splits.items():
         print(f"{name}  {s['documents']:,} documents  {s['tokens']:,} tokens  {s['bytes_per_token']} bytes a token")
     print(f"{index['vocab_size']} ids as {index['dtype']}  {index['fingerprint']}")
-
-
-def find_runs(where: Path) -> list[dict[str, Any]]:
-    """Run folders up to three levels below `where`."""
-    found = [p.parent for depth in range(4) for p in where.glob("*/" * depth + "resolved.yaml")]
-    return [{"name": str(folder), "summary": _state(folder)} for folder in sorted(set(found))]
-
-
-def ls_runs(where: Annotated[Path, typer.Argument(help="Where to look.")] = Path("."), as_json: bool = Json) -> None:
-    """Runs below a folder and how far they are."""
-    print_rows(find_runs(where), as_json)
-
-
-def show_run(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: bool = Json
-) -> None:
-    """A run's state, what it was given, and its last numbers."""
-    from puna.config import read_yaml
-
-    if not (folder / "resolved.yaml").exists():
-        raise UsageError("not a run folder", where=folder, fix="puna runs ls")
-    rows = Metrics(folder / "metrics.jsonl").read()
-    trained = [r for r in rows if "loss" in r]
-    validated = [r for r in rows if "bits_per_byte" in r]
-    fields: dict[str, Any] = {"state": _state(folder), "given": dict(read_yaml(folder / "config.yaml"))}
-    if trained:
-        last = trained[-1]
-        fields |= {k: f"{last[k]:.4g}" for k in ("loss", "lr", "grad_norm") if last[k] is not None}
-        fields |= {"tokens": last["tokens"], "time": clock(last["seconds"])}
-        recent = sorted(r["tok_s"] for r in trained[-50:])
-        fields["tokens a second"] = round(recent[len(recent) // 2])
-    if validated:
-        fields["bits per byte"] = "  ".join(f"{r['step']}: {r['bits_per_byte']:.3f}" for r in validated)
-    print_fields(fields, as_json)
-
-
-def _state(folder: Path) -> str:
-    from puna.config import read_yaml
-
-    rows = Metrics(folder / "metrics.jsonl").read()
-    steps = max((r.get("step", 0) for r in rows), default=0)
-    recipe = read_yaml(folder / "resolved.yaml").get("recipe")
-    return f"{recipe}, {'finished' if (folder / 'final').exists() else 'unfinished'}, {steps} steps"
 
 
 def _tokenizer(name: str | Path) -> Any:
