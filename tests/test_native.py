@@ -22,7 +22,7 @@ from puna.infer.cache.paged_cache import PagedCache
 from puna.infer.engine import Engine
 from puna.infer.forward import Row, forward
 from puna.infer.generate import generate
-from puna.infer.native import use_native
+from puna.infer.native import FEW_TOKENS, use_native
 from puna.infer.request import Request
 from puna.infer.sampling import Sampling
 from puna.infer.speculation.speculate import Lookup
@@ -35,6 +35,7 @@ from puna.ops import packed as packed_file
 from puna.ops import paged_attention as paged_file
 from puna.ops.linear import linear
 from puna.ops.native import library
+from puna.ops.native import linear as by_native
 from puna.ops.native.library import LEVELS, Native, load
 from puna.ops.packed import Packed, dequantize, packed_linear, packed_linear_eager, quantize_rows
 from puna.ops.packed_layers import PackedLinear
@@ -170,6 +171,19 @@ def test_linear_is_torch_s(kernels: Native, dtypes: tuple[str, str]) -> None:
             assert rows == 0 or distance(found, wanted) < TOLERANCE[kind], (out, columns, rows)
 
 
+@pytest.mark.parametrize(("out", "columns"), [(100, 64), (37, 576), (64, 66), (5, 77)])
+def test_many_rows_are_torch_s(kernels: Native, out: int, columns: int) -> None:
+    """Panels of 32 outputs and tiles of 12 rows, none of them full; an odd row has half a pair."""
+    r = torch.Generator().manual_seed(out)
+    weight = torch.randn(out, columns, generator=r).bfloat16()
+    for rows in (39, 40, 53, 130):
+        x = torch.randn(rows, columns, generator=r).bfloat16()
+        known = by_native.plain_weight(weight)
+        assert known is not None
+        found, wanted = by_native.linear(kernels, x, known), F.linear(x.double(), weight.double())
+        assert distance(found, wanted) < TOLERANCE[torch.bfloat16], rows
+
+
 def test_threads_do_not_change_bits(kernels: Native) -> None:
     """A sum that is cut by threads depends on how many there are: a resumed run would write other text."""
     weight, x = packed(1000, 576, "int4-min"), torch.randn(3, 576, generator=torch.Generator().manual_seed(0))
@@ -292,8 +306,11 @@ def test_native_steps_go_on_beside_adapters(
     assert len(steps) > 20
 
 
-def test_a_bf16_step_is_as_near_as_torch_s(kernels: Native, model: Transformer, steps: list[int]) -> None:
-    """bf16 is what users run, and its rounding between two products is written a second time."""
+@pytest.mark.parametrize("chunk", [9, 45, 90])
+def test_a_bf16_step_is_as_near_as_torch_s(kernels: Native, model: Transformer, steps: list[int], chunk: int) -> None:
+    """bf16 is what users run, and its rounding between two products is written a second time: of few rows and many."""
+    if chunk > FEW_TOKENS and not kernels.wide:
+        pytest.skip("long prompts are torch's below AVX-512")
     ids = torch.randint(300, (90,), generator=torch.Generator().manual_seed(0)).tolist()
     half = copy.deepcopy(model).to(torch.bfloat16)
     half.compute_dtype = torch.bfloat16
@@ -303,10 +320,38 @@ def test_a_bf16_step_is_as_near_as_torch_s(kernels: Native, model: Transformer, 
         use_native(half)
         cache = PagedCache(half.config, 96, torch.bfloat16, torch.device("cpu"))
         table = [cache.take() for _ in range(96 // BLOCK)]
-        hidden = [forward(half, cache, [Row(ids[i : i + 9], i, table)]) for i in range(0, 90, 9)]
+        hidden = [forward(half, cache, [Row(ids[i : i + chunk], i, table)]) for i in range(0, 90, chunk)]
         found = half.lm_head(torch.cat(hidden))
-    assert steps == [9] * 10
+    assert steps == [chunk] * (90 // chunk)
     assert distance(found, wanted) < 1.2 * plain
+
+
+def test_prompts_and_tokens_of_many_texts_in_one_step(kernels: Native, model: Transformer, steps: list[int]) -> None:
+    """Stretches of a text are looked at together: one must not run into its neighbour's, or past its own end."""
+    if not kernels.wide:
+        pytest.skip("long prompts are torch's below AVX-512")
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    half.compute_dtype = torch.bfloat16
+    r = torch.Generator().manual_seed(1)
+    texts = [torch.randint(300, (length,), generator=r).tolist() for length in (70, 1, 33, 64, 17, 65, 2, 40)]
+    with torch.no_grad():
+        wanted = [model(torch.tensor([ids]))[0, -1] for ids in texts]
+        plain = max(distance(half(torch.tensor([i]))[0, -1], w) for i, w in zip(texts, wanted, strict=True))
+        use_native(half)
+        cache = PagedCache(half.config, 1024, torch.bfloat16, torch.device("cpu"))
+        tables = [[cache.take() for _ in range(-(-len(ids) // BLOCK))] for ids in texts]
+        named = list(zip(texts, tables, strict=True))
+        forward(half, cache, [Row(ids[:40], 0, table) for ids, table in named if len(ids) > 1])
+        forward(half, cache, [Row(ids[40:-1], 40, table) for ids, table in named if len(ids) > 41])
+        last = forward(half, cache, [Row(ids[-1:], len(ids) - 1, table) for ids, table in named])
+        whole = PagedCache(half.config, 1024, torch.bfloat16, torch.device("cpu"))
+        tables = [[whole.take() for _ in range(-(-len(ids) // BLOCK))] for ids in texts]
+        hidden = forward(half, whole, [Row(ids, 0, t) for ids, t in zip(texts, tables, strict=True)])
+        ends = torch.tensor([len(ids) for ids in texts]).cumsum(0) - 1
+        found = [half.lm_head(last), half.lm_head(hidden[ends])]
+    assert steps[-1] == sum(map(len, texts))
+    for logits in found:
+        assert max(distance(f, w) for f, w in zip(logits, wanted, strict=True)) < 1.5 * plain
 
 
 def test_packed_blocks_write_what_their_dequantized_weights_write(kernels: Native, model: Transformer) -> None:

@@ -17,7 +17,7 @@ from puna.model.transformer import MLP, Attention, Block, Linear, Transformer
 from puna.ops.linear import linear
 from puna.ops.native import library
 from puna.ops.native.block import forward
-from puna.ops.native.library import Native, native
+from puna.ops.native.library import KINDS, Native, native
 from puna.ops.native.linear import DTYPES, plain_weight, takes
 from puna.ops.norm import RMSNorm
 from puna.ops.packed import Packed
@@ -25,7 +25,8 @@ from puna.ops.packed_layers import TENSORS, PackedLinear
 from puna.ops.rope import rope_tables
 
 FEW_TOKENS = 32
-"""Up to here a step takes the time of reading the weights, or of torch's many small calls; beyond, torch is faster."""
+"""Up to here a step takes the time of reading the weights, or of torch's many small calls; beyond, torch is faster, but
+for bf16 weights by AVX-512, which have kernels of their own for many rows."""
 
 
 def use_native(model: Transformer) -> bool:
@@ -67,12 +68,21 @@ class NativeTransformer(Transformer):
 
 def _usable(model: Transformer, tokens: Tensor, cache: object) -> "tuple[Native, ctypes.Array[library.Block]] | None":
     """The kernels and the weights they read, or None where this step or these weights are not theirs."""
-    if not isinstance(cache, StepCache) or tokens.numel() > FEW_TOKENS or torch.is_grad_enabled():
+    if not isinstance(cache, StepCache) or torch.is_grad_enabled():
         return None
     if cache.keys.dtype != model.compute_dtype or model.config.head_dim % 32 or not takes(cache.keys):
         return None
     kernels, weights = native(), _weights(model)
-    return None if kernels is None or weights is None else (kernels, weights)
+    if kernels is None or weights is None:
+        return None
+    many = kernels.wide and cache.keys.dtype == torch.bfloat16 and _half(weights)
+    return (kernels, weights) if many or tokens.numel() <= FEW_TOKENS else None
+
+
+def _half(blocks: "ctypes.Array[library.Block]") -> bool:
+    """Whether all weights are bf16."""
+    half = KINDS["bfloat16"]
+    return all(weight.kind == half for b in blocks for weight in (b.q, b.k, b.v, b.o, b.gate, b.up, b.down))
 
 
 # Not on the model: what holds addresses must not be copied with it.

@@ -1,4 +1,4 @@
-// One token of each text over the keys and values of its text, which lie in blocks.
+// Tokens over the keys and values of their texts, which lie in blocks: one by one, or stretches of a text (prompt.h).
 
 static inline Lanes load_any(const void* x, bool bf16, int64_t at) {
     if (!bf16) return load(static_cast<const float*>(x) + at);
@@ -44,11 +44,24 @@ static void attend_head(const Pool& pool, bool bf16, int64_t row, int64_t kv, co
     }
 }
 
+// Where stretches of up to STRETCH tokens of one text begin among the rows; returns how many there are.
+static int64_t stretches(const Pool& pool, int64_t rows, int64_t most, int64_t* first) {
+    int64_t count = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t* table = pool.tables + r * pool.width;
+        bool goes_on = r > 0 && r - first[count - 1] < most && pool.lengths[r] == pool.lengths[r - 1] + 1 &&
+                       memcmp(table, table - pool.width, pool.width * sizeof(int64_t)) == 0;
+        if (!goes_on) first[count++] = r;
+    }
+    first[count] = rows;
+    return count;
+}
+
 // q (rows, heads, dim) -> out, after k and v (rows, kv_heads, dim) are stored. dim is a multiple of 16.
 static void attend(const Call& call, const Pool& pool, const void* q, const void* k, const void* v, void* out) {
     int64_t dim = pool.head_dim, group = pool.heads / pool.kv_heads, units = call.rows * pool.kv_heads;
     float scale = 1 / sqrtf(float(dim));
-    bool bf16 = call.bf16;
+    bool bf16 = call.bf16, together = STRETCH > 1 && bf16 && dim % 32 == 0 && pool.block % 32 == 0;
     team().run(call.threads, [&](int thread) {
         Scratch& scratch = team().scratch(thread);
         team().share(units, 1, [&](int64_t unit, int64_t) {
@@ -61,11 +74,22 @@ static void attend(const Call& call, const Pool& pool, const void* q, const void
         float* query = scratch.take<float>(group * dim);
         float* sums = scratch.take<float>(group * dim);
         float* scores = scratch.take<float>(group * (pool.width * pool.block + LANES));
-        team().share(units, 1, [&](int64_t unit, int64_t) {
-            widen(behind(q, bf16, unit * group * dim), bf16, group * dim, query);
-            for (int64_t i = 0; i < group * dim; i++) query[i] *= scale;
-            attend_head(pool, bf16, unit / pool.kv_heads, unit % pool.kv_heads, query, scores, sums);
-            narrow(sums, bf16, group * dim, const_cast<char*>(behind(out, bf16, unit * group * dim)));
+        int64_t* first = scratch.take<int64_t>(call.rows + 1);
+        int64_t count = stretches(pool, call.rows, together ? STRETCH : 1, first);
+        Stretch stretch(pool, scratch);
+        team().share(count * pool.kv_heads, 1, [&](int64_t unit, int64_t) {
+            int64_t row = first[unit / pool.kv_heads], stop = first[unit / pool.kv_heads + 1], kv = unit % pool.kv_heads;
+            if (together) {
+                stretch.attend(row, stop - row, kv, static_cast<const Half*>(q), scale, static_cast<Half*>(out));
+                return;
+            }
+            for (; row < stop; row++) {
+                int64_t at = (row * pool.kv_heads + kv) * group * dim;
+                widen(behind(q, bf16, at), bf16, group * dim, query);
+                for (int64_t i = 0; i < group * dim; i++) query[i] *= scale;
+                attend_head(pool, bf16, row, kv, query, scores, sums);
+                narrow(sums, bf16, group * dim, const_cast<char*>(behind(out, bf16, at)));
+            }
         });
     });
 }

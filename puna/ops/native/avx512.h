@@ -6,7 +6,6 @@
 
 constexpr int OUTPUTS = 4;
 
-static inline __mmask32 first_32(int64_t left) { return left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0; }
 static inline __m512 pick(const float* s, __mmask16 second) {  // the scales of two blocks, on the lanes of each
     return _mm512_mask_blend_ps(second, _mm512_set1_ps(s[0]), _mm512_set1_ps(s[1]));
 }
@@ -71,21 +70,45 @@ template <int LINES> static inline void fetch(const Rows& w, int64_t at) {
         _mm_prefetch(reinterpret_cast<const char*>(w.next + at + 64 * line), _MM_HINT_T0);
 }
 
-// Where a tile's sums go, the mins' part added: the min of 32 weights times the sum of their activations.
+// Of four vectors the sum of each within every 128 bits, side by side there.
+static inline __m512 by_lane(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 first = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+    __m512 second = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+    __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(first), _mm512_castps_pd(second));
+    __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(first), _mm512_castps_pd(second));
+    return _mm512_castpd_ps(low) + _mm512_castpd_ps(high);
+}
+
+// Of two vectors the sums of neighbouring 128 bits.
+static inline __m512 halved(__m512 x, __m512 y) {
+    return _mm512_shuffle_f32x4(x, y, 0x88) + _mm512_shuffle_f32x4(x, y, 0xdd);
+}
+
+// Where a tile's sums go, the mins' part added: the min of 32 weights times the sum of their activations. The sums of
+// all accumulators are made together, in 45 instructions and not 8 each.
 // Inlined and unrolled: sums that are indexed by a variable would be stored to memory in every round before.
 template <int R>
 __attribute__((always_inline)) static inline void finish(__m512 (&total)[R][OUTPUTS], const Rows& w, const Input& x,
                                                          int64_t row, float* y, int64_t stride) {
+    __m512 lanes[4] = {};
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
-        for (int o = 0; o < OUTPUTS; o++) {
+        for (int o = 0; o < OUTPUTS; o++)
             for (int64_t b = 0; w.mins && b < w.blocks; b += 16)
                 total[r][o] = _mm512_fmadd_ps(_mm512_loadu_ps(w.mins + o * w.blocks + b),
                                               _mm512_loadu_ps(x.sums + (row + r) * w.blocks + b), total[r][o]);
-            float scale = x.whole ? x.scales[row + r] : 1.0f;
-            if (o < w.wanted) y[(row + r) * stride + w.first + o] = scale * _mm512_reduce_add_ps(total[r][o]);
-        }
+        lanes[r] = by_lane(total[r][0], total[r][1], total[r][2], total[r][3]);
+    }
+    __m512 sums = halved(halved(lanes[0], lanes[1]), halved(lanes[2], lanes[3]));
+    __mmask8 wanted = __mmask8((1u << w.wanted) - 1);
+    __m128 rows[4] = {_mm512_castps512_ps128(sums), _mm512_extractf32x4_ps(sums, 1), _mm512_extractf32x4_ps(sums, 2),
+                      _mm512_extractf32x4_ps(sums, 3)};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        float scale = x.whole ? x.scales[row + r] : 1.0f;
+        _mm_mask_storeu_ps(y + (row + r) * stride + w.first, wanted, rows[r] * _mm_set1_ps(scale));
+    }
 }
 
 template <int R> static void bf16_tile(const Rows& w, const Input& x, int64_t row, float* y, int64_t stride) {
@@ -219,6 +242,7 @@ static Input prepare(const Weight& w, const void* x, bool bf16, int64_t rows, Sc
     Input input{rows, w.in};
     if (w.kind == BFLOAT16 && bf16) {
         input.half = static_cast<const Half*>(x);
+        if (rows >= WIDE && w.in % 2 == 0) input.panel = scratch.take<int32_t>(panel_size(w.in));
         return input;
     }
     input.row = scratch.take<float>(w.in + 2 * OUTPUTS * blocks);
@@ -278,6 +302,7 @@ static __m512i table_of(const Weight& w) {
 
 // y[r * stride + o] for o in [from, to).
 static void linear(const Weight& w, const Input& x, int64_t from, int64_t to, float* y, int64_t stride) {
+    if (x.panel) return linear_wide(w, x, from, to, y, stride);
     auto by = [&](int64_t row_bytes, auto&& tile) { tiles(w, x, from, to, row_bytes, tile); };
     if (w.dynamic && w.kind == INT4)
         by(w.in / 2, [&]<int R>(const Rows& rows, int64_t r) { dynamic_tile<R, true, false>(rows, x, r, y, stride); });

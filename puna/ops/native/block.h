@@ -7,21 +7,31 @@ static void round_all(float* x, int64_t count, bool bf16) {
     for (int64_t i = 0; bf16 && i < count; i++) x[i] = from_bf16(to_bf16(x[i]));
 }
 
-// RMSNorm of `rows` rows as ops/norm.py has it, in the dtype of activations.
+constexpr int64_t MANY = 64;  // rows that threads share to norm; fewer each thread norms for itself, which saves a wait
+
+// RMSNorm of all rows as ops/norm.py has it, in the dtype of activations; `shared` has room for them where they are many.
 static const void* normed(const Call& call, const void* x, const void* weight, const Block& b, int64_t dim,
-                          Scratch& scratch) {
+                          char* shared, Scratch& scratch) {
     float* wide = scratch.take<float>(dim);
     float* gain = scratch.take<float>(dim);
-    char* out = scratch.take<char>(call.rows * dim * 4);
+    char* out = call.rows < MANY ? scratch.take<char>(call.rows * dim * 4) : shared;
     widen(weight, b.norms_bf16, dim, gain);
     round_all(gain, dim, call.bf16);
-    for (int64_t r = 0; r < call.rows; r++) {
-        widen(behind(x, call.bf16, r * dim), call.bf16, dim, wide);
-        float squares;
-        dots(wide, wide, dim, 1, &squares, 1);
-        float scale = 1 / sqrtf(squares / float(dim) + b.eps);
-        for (int64_t i = 0; i < dim; i++) wide[i] = rounded(wide[i] * scale, call.bf16) * gain[i];
-        narrow(wide, call.bf16, dim, const_cast<char*>(behind(out, call.bf16, r * dim)));
+    auto norm = [&](int64_t from, int64_t to) {
+        for (int64_t r = from; r < to; r++) {
+            widen(behind(x, call.bf16, r * dim), call.bf16, dim, wide);
+            float squares;
+            dots(wide, wide, dim, 1, &squares, 1);
+            float scale = 1 / sqrtf(squares / float(dim) + b.eps);
+            for (int64_t i = 0; i < dim; i++) wide[i] = rounded(wide[i] * scale, call.bf16) * gain[i];
+            narrow(wide, call.bf16, dim, const_cast<char*>(behind(out, call.bf16, r * dim)));
+        }
+    };
+    if (call.rows < MANY) {
+        norm(0, call.rows);
+    } else {
+        team().share(call.rows, 16, norm);
+        team().barrier();
     }
     return out;
 }
@@ -38,9 +48,9 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t dim) {
 static void before(const Call& call, const Block& b, const Pool& pool, const void* x, const float* cos,
                    const float* sin, void* q, void* k, void* v) {
     int64_t rows = call.rows, dim = pool.head_dim, heads = pool.heads, kv_heads = pool.kv_heads;
-    team().run(call.threads, [&](int thread) {
+    team().run_with(call.threads, rows < MANY ? 0 : rows * b.q.in * 4, [&](int thread, char* shared) {
         Scratch& scratch = team().scratch(thread);
-        const void* given = normed(call, x, b.attention_norm, b, b.q.in, scratch);
+        const void* given = normed(call, x, b.attention_norm, b, b.q.in, shared, scratch);
         Input inputs[3] = {prepare(b.q, given, call.bf16, rows, scratch), prepare(b.k, given, call.bf16, rows, scratch),
                            prepare(b.v, given, call.bf16, rows, scratch)};
         float* head = scratch.take<float>(rows * dim);
@@ -90,9 +100,9 @@ static void gated(float* gate, const float* up, int64_t count, bool bf16) {
 static void after(const Call& call, const Block& b, void* x, const void* heads) {
     int64_t rows = call.rows, dim = b.o.out, ffn = b.gate.out, width = call.bf16 ? 2 : 4;
     constexpr int64_t STEP = 32;
-    team().run_with(call.threads, rows * (dim + ffn) * width, [&](int thread, char* memory) {
+    team().run_with(call.threads, rows * (2 * dim + ffn) * width, [&](int thread, char* memory) {
         Scratch& scratch = team().scratch(thread);
-        char *middle = memory, *hidden = memory + rows * dim * width;
+        char *middle = memory, *shared = middle + rows * dim * width, *hidden = shared + rows * dim * width;
         float* sums = scratch.take<float>(rows * STEP);
         float* ups = scratch.take<float>(rows * STEP);
         Input input = prepare(b.o, heads, call.bf16, rows, scratch);
@@ -100,7 +110,7 @@ static void after(const Call& call, const Block& b, void* x, const void* heads) 
             add_linear(call, b.o, input, x, middle, from, to, sums);
         });
         team().barrier();
-        const void* given = normed(call, middle, b.mlp_norm, b, dim, scratch);
+        const void* given = normed(call, middle, b.mlp_norm, b, dim, shared, scratch);
         Input gate = prepare(b.gate, given, call.bf16, rows, scratch);
         Input up = prepare(b.up, given, call.bf16, rows, scratch);
         team().share(ffn, STEP, [&](int64_t from, int64_t to) {

@@ -12,3 +12,10 @@ static Input prepare(const Weight& w, const void* x, bool bf16, int64_t rows, Sc
 static void linear(const Weight& w, const Input& x, int64_t from, int64_t to, float* y, int64_t stride) {
     (w.dynamic ? linear_dynamic : linear_plain)(w, x, from, to, y, stride);
 }
+
+// Tokens of one text are looked at one by one.
+constexpr int64_t STRETCH = 1;
+struct Stretch {
+    Stretch(const Pool&, Scratch&) {}
+    void attend(int64_t, int64_t, int64_t, const Half*, float, Half*) {}
+};

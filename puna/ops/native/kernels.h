@@ -147,6 +147,7 @@ struct Input {
     float* sums = nullptr;       // (rows, in / 32) of each 32 activations (AVX-512)
     Ints* offsets = nullptr;     // (rows, in / 64) where the integer sums begin (AVX-512)
     float* row = nullptr;        // (in,) for one expanded row of the weight
+    int32_t* panel = nullptr;    // of 32 outputs of the weight, where rows are many (AVX-512)
 };
 
 // x = scale * whole, with the largest |x| at 127: symmetric, ties to even (Llama 3.2's dynamic activations).

@@ -86,6 +86,8 @@ class Native:
 
     def __init__(self, library: ctypes.CDLL, level: int):
         self.level = level
+        self.wide = LEVELS[level] == "avx512"
+        """Whether it also has kernels for many rows of bf16, such as prompts."""
         self.linear = _function(library.puna_linear, "pppp")
         self.expand = _function(library.puna_expand, "ppnnp")
         self.attend = _function(library.puna_attend, "pppppp")

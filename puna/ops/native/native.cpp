@@ -26,7 +26,9 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma,f16c")
 namespace avx512 {
 #include "kernels.h"
+#include "panels.h"
 #include "avx512.h"
+#include "prompt.h"
 #include "attention.h"
 #include "block.h"
 #include "entry.h"
