@@ -131,7 +131,7 @@ def paged_attention_eager(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values:
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Tensor:
-    """`paged_attention_eager` for pieces of one size at a time; by native kernels single tokens, and bf16 by AVX-512."""
+    """`paged_attention_eager` for pieces of one size at a time; native for single tokens, and for bf16 by AVX-512."""
     library = native() if takes(q) and _plain(q, keys) else None
     if library is not None and (pieces.short or (library.wide and q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0)):
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, D), (N, K, D), (N, K, D)
