@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from puna.checkpoint.model_directory import checkpoints, read_json
+from puna.checkpoint.model_directory import checkpoints
+from puna.checkpoint.weight_files import read_json
 from puna.dist.collectives import from_each, from_first, on_first
 from puna.errors import CheckpointError
 from puna.files import atomic_folder, disk_errors, require_space, temporary_name, verify, write_json

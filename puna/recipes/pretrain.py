@@ -15,9 +15,8 @@ from puna.config import RecipeConfig, UserPath
 from puna.data.loader import TokenLoader
 from puna.data.shards import Shards
 from puna.device import choose_device, choose_dtype
-from puna.dist.collectives import from_first, on_first
+from puna.dist.collectives import from_first, on_first, shared_run, stop_together, use_machine
 from puna.dist.fsdp import shard
-from puna.dist.shared import shared_run, stop_together, use_machine
 from puna.errors import UsageError
 from puna.eval.perplexity import bits_per_byte
 from puna.files import atomic_folder, write_json

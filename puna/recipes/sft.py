@@ -14,9 +14,8 @@ from puna.config import Config as BaseConfig
 from puna.config import UserPath
 from puna.data.conversations import ChatSource, given
 from puna.data.packing import PackedLoader, split_rows
-from puna.dist.collectives import from_first, on_first
+from puna.dist.collectives import from_first, on_first, shared_run, stop_together, use_machine
 from puna.dist.fsdp import shard
-from puna.dist.shared import shared_run, stop_together, use_machine
 from puna.eval.conversations import mean_loss, replies
 from puna.eval.tasks import TaskConfig, check_tasks, compare, evaluate_tasks
 from puna.files import atomic_folder, write_json
