@@ -41,11 +41,17 @@ def test_codes_are_bitsandbytes(signed: bool) -> None:
     """Another table, or blocks that begin elsewhere, is another optimizer than the published one."""
     theirs = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes: codes are compared with its own")
     values = numbers(1000) if signed else numbers(1000).abs()
-    codes, state = theirs.quantize_blockwise(values, code=theirs.create_dynamic_map(signed=signed), blocksize=256)
+    table = dynamic_table(signed)
+    assert torch.equal(table, theirs.create_dynamic_map(signed=signed))
+    codes, state = theirs.quantize_blockwise(values, code=table, blocksize=256)
     ours, scales = quantize(values, signed)
     assert torch.equal(scales, state.absmax)
-    assert torch.equal(ours, codes)
-    assert torch.equal(dequantize(ours, scales, dynamic_table(signed)), theirs.dequantize_blockwise(codes, state))
+    found = dequantize(ours, scales, table)
+    assert torch.equal(dequantize(codes, scales, table), theirs.dequantize_blockwise(codes, state))
+    # Its C++ for CPUs looks some numbers up one code too far, and what is nearly zero several: ours are the nearest.
+    assert ((found - values).abs() <= (dequantize(codes, scales, table) - values).abs()).all()
+    far = values.abs() > 1e-4 * scales.repeat_interleave(256)[:1000]
+    assert (ours.int() - codes.int())[far].abs().max() <= 1
 
 
 def written_out(p: torch.Tensor, grads: list[torch.Tensor]) -> torch.Tensor:
@@ -84,9 +90,17 @@ def test_steps_follow_the_formula() -> None:
     assert apart.max() < 1e-2
 
 
-def test_steps_are_bitsandbytes() -> None:
-    """Beside its CPU backend on a matrix and on a tensor too small for 8 bits."""
+def test_steps_are_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside its CPU backend on a matrix and on a tensor too small for 8 bits, both with codes that are the nearest."""
     optim = pytest.importorskip("bitsandbytes.optim", reason="bitsandbytes: steps are compared with its own")
+    backend = pytest.importorskip("bitsandbytes.backends.cpu.ops")
+
+    def nearest(values: torch.Tensor, table: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, _: int) -> None:
+        found, largest = quantize_eager(values, signed=bool(table[0] < 0))
+        codes.copy_(found.view_as(codes))
+        scales.copy_(largest)
+
+    monkeypatch.setattr(backend, "_quant_blockwise_fp32_direct", nearest)
     for shape in ((64, 96), (3, 7)):
         start = torch.randn(shape, generator=torch.Generator().manual_seed(2))
         ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
@@ -98,8 +112,9 @@ def test_steps_are_bitsandbytes() -> None:
             our_optimizer.step()
             their_optimizer.step()
         apart = (ours - theirs).abs()
-        assert (apart > 1e-5).float().mean() < 2e-3, shape
-        assert apart.max() < 1e-2, shape
+        # Sums in another order round a moment to the neighbouring code, here and there.
+        assert (apart > 1e-6).float().mean() < 2e-3, shape
+        assert apart.max() < 1e-3, shape
 
 
 def test_small_tensors_are_torchs_adamw() -> None:
