@@ -37,7 +37,7 @@ class Run:
         self.metrics, self.samples = Metrics(folder / "metrics.jsonl"), Metrics(folder / "samples.jsonl")
         self.stop = Stop()
         self.from_first: Callable[[Callable[[], Any]], Any] = _call
-        """What a function gives on rank 0; several ranks exchange it (dist/shared.py)."""
+        """What a function gives on rank 0; several ranks exchange it (dist/collectives.py)."""
 
     def once(self, name: str, measure: Callable[[], T]) -> T:
         """The stored value of `name`, or `measure()` now, stored. A resumed run never measures again.

@@ -16,14 +16,14 @@ from test_meta import GENERATIONS, publish, random_state
 from test_model import build
 
 from puna.checkpoint import convert as module
-from puna.checkpoint import stored as stored_module
+from puna.checkpoint import safetensors_file
 from puna.checkpoint.convert import convert
 from puna.checkpoint.gguf import file as gguf_file
 from puna.checkpoint.gguf.file import Gguf
 from puna.checkpoint.inspect import inspect
-from puna.checkpoint.model_directory import write_model_directory
 from puna.checkpoint.names import DTYPES
 from puna.checkpoint.registry import load_tokenizer, open_model
+from puna.checkpoint.stored_directory import write_model_directory
 from puna.errors import CheckpointError, DataError, NumericError, PunaError, ResourceError, UsageError
 from puna.infer.llama import Llama, load
 from puna.tokenizer.tokenizer import Tokenizer
@@ -262,7 +262,7 @@ def test_a_quantized_matrix_is_never_held_whole(
     """fp32 of the largest matrix and its copy in bf16 took three times what was written; the parts are the whole."""
     source = open_model(convert(model, tmp_path / "m.gguf", kind="Q8_0"))
     wanted = {name: weight.read() for name, weight in source.weights.items()}
-    for place in (gguf_file, stored_module):
+    for place in (gguf_file, safetensors_file):
         monkeypatch.setattr(place, "_PART", 4096)
     assert len(list(source.weights["embed_tokens.weight"].parts())) > 3
     whole = Gguf.read

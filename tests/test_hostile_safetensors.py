@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_model import BASE, CASES, ModelConfig, build
 
-from puna.checkpoint.model_directory import open_model_directory, save_model
+from puna.checkpoint.model_directory import save_model
 from puna.checkpoint.safetensors_file import open_safetensors, read_header, write_safetensors
 from puna.checkpoint.stored import Weight
+from puna.checkpoint.stored_directory import open_model_directory
 from puna.checkpoint.weight_files import write_weights
 from puna.errors import CheckpointError
 from puna.tokenizer.tokenizer import Tokenizer

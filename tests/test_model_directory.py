@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_model import BASE, CASES, CPU, ModelConfig, build
 
 import puna
-from puna.checkpoint.model_directory import open_model_directory, save_model, write_model_directory
+from puna.checkpoint.model_directory import save_model
 from puna.checkpoint.registry import open_model
 from puna.checkpoint.stored import Stored, Weight, expected_shapes
+from puna.checkpoint.stored_directory import open_model_directory, write_model_directory
 from puna.checkpoint.weight_files import write_weights
 from puna.errors import CheckpointError
 from puna.model.init import build_model

@@ -16,7 +16,7 @@ import torch
 from test_gguf import tiny, vocabulary
 from test_model import BASE, build
 
-from puna.checkpoint import adapter, model_directory, train_state
+from puna.checkpoint import adapter, model_directory, stored_directory, train_state
 from puna.checkpoint.gguf import model as gguf_model
 from puna.checkpoint.stored import Stored
 from puna.data.packing import PackedLoader
@@ -229,7 +229,7 @@ FAULTS = {
     "RoPE scaling ignored": Fault("good until the original context ends",
         rope, "scale_frequencies", lambda sound: lambda frequencies, **scaling: frequencies, "disk"),
     "rope_theta's default ignored": Fault("an old config.json loads as another model",
-        model_directory, "from_hf_config",
+        stored_directory, "from_hf_config",
         lambda sound: lambda values, where: sound({"rope_theta": 500000.0, **values}, where), "disk", "no theta"),
     "norm eps ignored": Fault("a loss in the fourth digit that nobody explains",
         norm, "rms_norm", lambda sound: lambda x, weight, eps: sound(x, weight, 1e-6), "disk"),

@@ -24,7 +24,8 @@ from test_model import BASE, build
 
 import puna
 from puna.checkpoint import train_state
-from puna.checkpoint.model_directory import open_model_directory, read_json
+from puna.checkpoint.stored_directory import open_model_directory
+from puna.checkpoint.weight_files import read_json
 from puna.data.loader import Batch
 from puna.data.shards import Shards
 from puna.errors import CheckpointError, DataError, NumericError, ResourceError, UsageError
@@ -79,7 +80,7 @@ def unfinished(finished: Path, copy: Path, keep: str = "step-*") -> Path:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock measured."""
-    timed = ("seconds", "tok_s")
+    timed = ("seconds", "tok_s", "memory")
     return [{k: v for k, v in row.items() if k not in timed} for row in Metrics(folder / "metrics.jsonl").read()]
 
 

@@ -8,12 +8,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from puna.checkpoint.model_directory import read_json
 from puna.checkpoint.names import from_disk_name, name_problems, to_disk_name
 from puna.checkpoint.safetensors_file import open_safetensors, write_safetensors
 from puna.checkpoint.stored import Stored, Weight
 from puna.checkpoint.torchtune import from_torchtune, is_torchtune
-from puna.checkpoint.weight_files import inside
+from puna.checkpoint.weight_files import inside, read_json
 from puna.dist.fsdp import gathered
 from puna.errors import CheckpointError, UsageError
 from puna.files import write_json

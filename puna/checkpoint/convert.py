@@ -16,10 +16,11 @@ from puna.checkpoint.gguf.types import file_type, storage
 from puna.checkpoint.gguf.write import write_gguf
 from puna.checkpoint.llama2c import group, write_beside, write_llama2c
 from puna.checkpoint.meta.write import check_shards, write_meta
-from puna.checkpoint.model_directory import check_folder_name, write_model_directory
+from puna.checkpoint.model_directory import check_folder_name
 from puna.checkpoint.names import DTYPES
 from puna.checkpoint.registry import open_model
 from puna.checkpoint.stored import Format, Stored, Weight, expected_shapes, rows_missing
+from puna.checkpoint.stored_directory import write_model_directory
 from puna.config import nearest
 from puna.errors import CheckpointError, UsageError
 from puna.files import as_path, atomic_file, atomic_folder, require_space

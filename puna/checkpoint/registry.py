@@ -8,11 +8,12 @@ from puna.checkpoint.gguf.model import gguf_tokenizer, open_gguf_model
 from puna.checkpoint.hub import HubName, find_cached, hub_name
 from puna.checkpoint.llama2c import open_llama2c
 from puna.checkpoint.meta.model import PARAMS, open_meta
-from puna.checkpoint.model_directory import checkpoints, open_model_directory
+from puna.checkpoint.model_directory import checkpoints
 from puna.checkpoint.quantized import open_quantized
 from puna.checkpoint.registered import REGISTERED
 from puna.checkpoint.safetensors_file import read_header
 from puna.checkpoint.stored import Stored
+from puna.checkpoint.stored_directory import open_model_directory
 from puna.checkpoint.torch_file import open_torch_file
 from puna.config import nearest, nearest_path
 from puna.errors import CheckpointError, UsageError

@@ -8,17 +8,20 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from puna.checkpoint.stored import Weight
 from puna.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from puna.ops.packed import Packed
+
+_PART = 32 << 20  # bytes of a tensor that are cast or written at once
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
 _KNOWN = _FLOATS | _INTEGERS
@@ -32,6 +35,36 @@ _WIDTHS = {
 }  # fmt: skip
 _HEADER_BYTES = 2_000_000
 """Longest header that is parsed: some 15,000 tensors, where Llama 3.1 405B has 1,138. JSON of `{}` grows 25-fold."""
+
+
+class Weight(NamedTuple):
+    """One tensor that is not read yet. `dtype` is what `read` gives: as stored, or fp32 of a quantized one."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    """The tensor with our rows: RoPE's halves, not Meta's neighbours. It may be read-only memory of the file."""
+    owned: bool = False
+    """Whether `read` gives memory that nobody else holds, so that a model may keep it."""
+    quantized: bool = False
+    """Whether it is stored in blocks of integers."""
+    packed: "Callable[[], Packed] | None" = None
+    """The same weight as it lies, where a model can compute in it: its rows as those of `read`."""
+    kind: str = ""
+    """What it is stored in, where that is not `dtype`: `INT4`."""
+    read_parts: Callable[[], Iterable[Tensor]] | None = None
+    """The same some rows at a time, where that takes less memory than `read`."""
+
+    def parts(self) -> Iterable[Tensor]:
+        """The tensor as what has to be put together along its first dimension, for those who need not hold it whole."""
+        if self.read_parts:
+            return self.read_parts()
+        rows = max(1, _PART // max(1, self.nbytes // max(1, self.shape[0]))) if self.shape else 0
+        return self.read().split(rows) if rows else [self.read()]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Entry(NamedTuple):

@@ -4,16 +4,16 @@ Every reader opens its format as a `Stored` and every writer writes one, so a co
 neither holds more than a tensor.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from puna.checkpoint.names import name_problems
+from puna.checkpoint.safetensors_file import Weight
 from puna.errors import CheckpointError
 from puna.model.config import ModelConfig
 from puna.model.init import build_model
@@ -25,38 +25,7 @@ if TYPE_CHECKING:
 
 Put = Callable[[Transformer, str, "Packed", torch.device], None]
 Format = Literal["hf", "meta", "gguf", "llama2.c"]
-_PART = 32 << 20  # bytes of a tensor that are cast or written at once
 _SHOWN = 20  # problems told at once
-
-
-class Weight(NamedTuple):
-    """One tensor that is not read yet. `dtype` is what `read` gives: as stored, or fp32 of a quantized one."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-    """The tensor with our rows: RoPE's halves, not Meta's neighbours. It may be read-only memory of the file."""
-    owned: bool = False
-    """Whether `read` gives memory that nobody else holds, so that a model may keep it."""
-    quantized: bool = False
-    """Whether it is stored in blocks of integers."""
-    packed: "Callable[[], Packed] | None" = None
-    """The same weight as it lies, where a model can compute in it: its rows as those of `read`."""
-    kind: str = ""
-    """What it is stored in, where that is not `dtype`: `INT4`."""
-    read_parts: Callable[[], Iterable[Tensor]] | None = None
-    """The same some rows at a time, where that takes less memory than `read`."""
-
-    def parts(self) -> Iterable[Tensor]:
-        """The tensor as what has to be put together along its first dimension, for those who need not hold it whole."""
-        if self.read_parts:
-            return self.read_parts()
-        rows = max(1, _PART // max(1, self.nbytes // max(1, self.shape[0]))) if self.shape else 0
-        return self.read().split(rows) if rows else [self.read()]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

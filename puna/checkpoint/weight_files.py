@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from puna.checkpoint.safetensors_file import STORED, open_safetensors, write_safetensors
-from puna.checkpoint.stored import Weight
+from puna.checkpoint.safetensors_file import STORED, Weight, open_safetensors, write_safetensors
 from puna.errors import CheckpointError
 from puna.files import write_json
 

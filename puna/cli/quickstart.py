@@ -141,7 +141,7 @@ def _show_answers(run: Path) -> None:
 
 def _show_tuned(run: Path, merged: Path) -> None:
     """Before and after, and whether the merged model, saved and loaded again, is the one that was trained."""
-    from puna.checkpoint.model_directory import read_json
+    from puna.checkpoint.weight_files import read_json
     from puna.cli.chat import merge
     from puna.config import read_yaml
     from puna.eval.parity.observe import compare_models

@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other. With one rank every function here hands back what it was given."""
+"""What the ranks of a run tell each other, and the run folder they share. With one rank nothing is exchanged."""
 
 import contextlib
 import sys
@@ -9,9 +9,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from puna.config import RecipeConfig
+from puna.device import calibrate_threads, keep_freed_memory
 from puna.errors import ResourceError, UsageError
 from puna.log import log
 from puna.ranks import LOST, end_with_launcher, joined, rank, ranks, rows_each, started_as
+from puna.run_folder import Run, open_run
 
 T = TypeVar("T")
 
@@ -53,6 +56,28 @@ def process_group(device: str) -> Iterator[None]:
             sys.exit(LOST)
         raise
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def shared_run(config: RecipeConfig) -> Iterator[Run]:
+    """`open_run` by rank 0, which locks and writes it; on the others a Run that writes nothing and has its own ear for signals."""
+    with process_group(config.device), on_first(open_run(config)) as run:
+        run.from_first = from_first
+        with run.stop.listening() if rank() else contextlib.nullcontext():
+            yield run
+
+
+def stop_together(run: Run, what: str) -> None:
+    """`run.stop.check(what)` on every rank as soon as a stop was asked of one."""
+    run.stop.signal = largest(run.stop.signal)
+    run.stop.check(what)
+
+
+def use_machine(run: Run) -> None:
+    """The allocator's setting, and the CPU threads of a rank: calibrated once for each number of ranks a run has had."""
+    keep_freed_memory()
+    name = "threads" if ranks() == 1 else f"threads_of_{ranks()}_ranks"
+    torch.set_num_threads(run.once(name, calibrate_threads))  # all ranks calibrate at the same time
 
 
 def total(*values: float) -> list[float]:

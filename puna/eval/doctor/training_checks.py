@@ -9,7 +9,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from puna.checkpoint.adapter import load_adapter, save_adapter
-from puna.checkpoint.model_directory import save_model, weight_files
+from puna.checkpoint.model_directory import save_model
+from puna.checkpoint.weight_files import weight_files
 from puna.data.loader import Batch
 from puna.eval.doctor import written_out
 from puna.eval.doctor.case import Case, Gradients
