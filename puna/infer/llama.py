@@ -239,14 +239,11 @@ class Llama:
         stops = dict.fromkeys([*tokenizer.stop_ids, *self.stop_ids])  # what was added may be the end of a turn
         return replace(self, model=model, tokenizer=tokenizer, stop_ids=list(stops))
 
-    def save(
-        self, path: str | Path, dtype: str = "bf16", made_from: Mapping[str, Any] | None = None, nested: bool = False
-    ) -> None:
+    def save(self, path: str | Path, dtype: str = "bf16", made_from: Mapping[str, Any] | None = None) -> None:
         """Write a model directory that transformers, vLLM and llama.cpp's converter open.
 
         Args:
             made_from: its lineage; by default that it was saved from this model.
-            nested: NF4's scales in 8 bits (nf4-double), which rounds them anew; by default in fp32, as computed with.
 
         Raises:
             UsageError: `path` exists, or has the name of a file.
@@ -254,16 +251,13 @@ class Llama:
         check_folder_name(target := as_path(path))
         with atomic_folder(target) as folder:
             made_from = made_from or lineage("save", [self.path])
-            layers = packed_layers(self.model)
-            packed = packed_tensors(self.model, DTYPES[dtype], nested) if layers else ({}, {})
-            if not nested and any(layer.packed.table is not None for layer in layers.values()):
-                log.info("NF4: scales are saved in fp32; in 8 bits (nf4-double): save(..., nested=True)")
+            packed = packed_tensors(self.model, DTYPES[dtype]) if packed_layers(self.model) else ({}, {})
             save_model(folder, self.model, self.tokenizer, dtype, dict(made_from), self.stop_ids, packed)
 
 
 def load(
     path: str | Path, dtype: str = "auto", device: str = "auto", *, variables: Mapping[str, Any] | None = None,
-    packed: bool | Literal["auto"] = False,
+    packed: bool | Literal["auto"] = False, quantize: str | None = "auto",
 ) -> Llama:  # fmt: skip
     """Load a model or adapter directory, a run folder, a .gguf file, or a registered name such as smollm2-135m.
 
