@@ -38,9 +38,9 @@ from puna.ops.native import library
 from puna.ops.native.library import LEVELS, Native, load
 from puna.ops.packed import Packed, dequantize, expanded, packed_linear, packed_linear_eager, quantize_rows
 from puna.ops.packed_layers import PackedLinear
-from puna.quant.nf4 import with_nested_scales
 from puna.ops.paged_attention import BLOCK
 from puna.packages import cache as packages
+from puna.quant.nf4 import with_nested_scales
 from puna.tokenizer.tokenizer import Tokenizer
 
 LOADED = load("auto")
