@@ -97,7 +97,8 @@ def pack_rows(rows: Rows, seq_len: int) -> Packs:
         return _packed(rows, seq_len)
     key = hashlib.sha256(f"{rows.fingerprint} {seq_len} {Path(__file__).read_text()}".encode()).hexdigest()[:32]
     file = rows.folder.with_name(f"{key}.packs.npz")
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file) as kept:
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), file.open("rb") as stream:
+        kept = np.load(stream)
         packs = Packs(kept["members"], kept["bounds"], kept["source"])
         if len(packs.members) == packs.bounds[-1] == len(rows):
             return packs

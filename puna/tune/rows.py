@@ -4,14 +4,16 @@ import math
 from functools import partial
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field, PositiveInt
 
 from puna.config import RecipeConfig, UserPath
 from puna.data.conversations import ChatSource
 from puna.data.encode import Encoding, TooLong
 from puna.data.packing import PackedLoader
+from puna.data.packs import pack_rows
 from puna.data.row_cache import find_rows
-from puna.data.rows import Rows
+from puna.data.rows import Rows, split_rows
 from puna.dist.collectives import from_first
 from puna.packages import cache
 from puna.tokenizer.chat.format import ChatFormat, Train
@@ -61,6 +63,21 @@ def encode(
     if not rows:  # another rank: what the first one made is there to be found
         rows.append(find())
     return tokenizer.with_template(chat.source), rows[0]
+
+
+def packed_as(config: ChatRows, rows: Rows) -> dict[str, Any]:
+    """What training would read of the rows, in numbers; packs, and how full they are, are of the training part."""
+    train, held_out = split_rows(rows, config.valid_fraction)
+    packs, ids = pack_rows(train, config.seq_len), int(rows.lengths.sum())
+    names, counts = rows.names, np.bincount(rows.entries["source"], minlength=len(rows.names)).tolist()
+    return {
+        "conversations": rows.counts["whole"] + rows.counts["cut"] + rows.counts["dropped"],
+        "cut": rows.counts["cut"], "dropped": rows.counts["dropped"],
+        "rows": len(rows), "ids": ids, "trained": rows.counts["trained"] / ids, "held_out": len(held_out),
+        "packs": len(packs), "fill": int(train.lengths.sum()) / max(1, len(packs) * config.seq_len),
+        "sources": {name: count for name, count in zip(names, counts, strict=True) if name},
+        "folder": str(rows.folder) if rows.folder else None, "fingerprint": rows.fingerprint,
+    }  # fmt: skip
 
 
 def steps_of(epochs: float, batches: PackedLoader, accumulate: int) -> int:
