@@ -57,7 +57,7 @@ class Rows(Sequence[Encoded]):
     @classmethod
     def joining(cls, chunks: Iterable[Chunk]) -> "Rows":
         """The rows of all chunks, in memory."""
-        chunks = list(chunks)
+        chunks = list(chunks) or [chunk_of([], [], {})]
         tally = _Tally()
         entries = np.concatenate([tally.add(chunk) for chunk in chunks])
         trained = np.concatenate([chunk.trained for chunk in chunks])
