@@ -20,8 +20,12 @@ LENGTH, BATCH = 512, 4
 
 def source(rows: str | None, limit: int | None = None) -> Any:
     from puna.data.conversations import ChatSource
+    from puna.data.dialogues import DIALOGUES
 
-    return ChatSource(path=rows, limit=limit) if rows else ChatSource(packages=["chatterbot"], limit=limit)
+    if rows:
+        return ChatSource(path=rows, limit=limit)
+    DIALOGUES["chatterbot"].fetch()
+    return ChatSource(packages=["chatterbot"], limit=limit)
 
 
 def encoding() -> Any:

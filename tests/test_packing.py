@@ -423,7 +423,9 @@ def test_half_a_pass_reads_the_other_half_next() -> None:
     assert loader.epochs() == {"a": 2.0, "b": 8.0}
     assert first_ids(mixture({"a": 0.5, "b": 2}, seed=1), 16) != epochs[0]
     with pytest.raises(DataError, match="did you mean `a`"):
-        mixture({"A": 1})
+        mixture({"A": 2})
+    plain = first_ids(mixture(None), 40)
+    assert first_ids(mixture({"a": 1, "b": 1, "": 1}), 40) == plain
 
 
 def test_a_mixture_goes_on_exactly() -> None:

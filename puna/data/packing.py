@@ -52,7 +52,8 @@ class PackedLoader:
     ):
         self.rows = rows if isinstance(rows, Rows) else Rows.of(rows)
         self.seq_len, self.batch_size, self.pad_id, self.seed = seq_len, batch_size, pad_id, seed
-        self.passes, self.packed = dict(passes or {}), packed
+        self.passes = {name: times for name, times in (passes or {}).items() if times != 1}
+        self.packed = packed
         if (longest := max(self.rows.lengths, default=0)) > seq_len:
             raise DataError(f"a conversation of {longest} ids does not fit seq_len={seq_len}", fix="a larger seq_len")
         self.packs = pack_rows(self.rows, seq_len) if packed else single(self.rows)

@@ -134,7 +134,7 @@ def _key(source: ChatSource, encoding: Encoding, folder: Path, read: bool) -> st
     variables = {name: value for name, value in chat.variables.items() if not callable(value)}
     today = "" if "strftime_now" in chat.variables else date.today().isoformat()  # what a template may ask for
     parts: list[Any] = [
-        _code(), _versions(bool(source.reasoning_gym)), _ids_of(source.model_dump(mode="json")), files,
+        _code(), _versions(), _ids_of(source.model_dump(mode="json")), files,
         sorted((name, hashlib.sha256(raw).hexdigest()) for name, raw in chat.tokenizer.files.items()),
         chat.source, variables, today, encoding.seq_len, encoding.train, encoding.too_long,
     ]  # fmt: skip
@@ -152,14 +152,15 @@ def _ids_of(fields: Any) -> Any:
 def _code() -> str:
     """A hash of the source files that decide on ids: reading data, and everything of tokenizers and templates."""
     package = Path(__file__).parents[1]
-    files = sorted([*(package / "data").glob("*.py"), *(package / "tokenizer").rglob("*.py")])
+    files = sorted([*(package / "data").rglob("*.py"), *(package / "tokenizer").rglob("*.py")])
     return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest()
 
 
-def _versions(tasks: bool) -> list[str]:
-    """Of the libraries that make ids, and of reasoning-gym where it makes the conversations."""
+@cache
+def _versions() -> list[str]:
+    """Of the libraries that make ids, and of the one that makes problems."""
     found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
-    return [found.get(name, "") for name in ("tokenizers", "jinja2", *(["reasoning-gym"] if tasks else []))]
+    return [found.get(name, "") for name in ("tokenizers", "jinja2", "reasoning-gym")]
 
 
 def _signatures(source: ChatSource) -> list[list[int]]:
