@@ -138,7 +138,7 @@ def _key(source: ChatSource, encoding: Encoding, folder: Path, read: bool) -> st
         sorted((name, hashlib.sha256(raw).hexdigest()) for name, raw in chat.tokenizer.files.items()),
         chat.source, variables, today, encoding.seq_len, encoding.train, encoding.too_long,
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def _ids_of(fields: Any) -> Any:
