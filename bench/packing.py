@@ -3,7 +3,8 @@
 python bench/packing.py train [--rows FILE] [--limit 64] [--rounds 3]   short conversations packed beside padded
 python bench/packing.py encode [--rows FILE] [--count 8000]             conversations a second with 1, 2 ... processes
 python bench/packing.py pack                                            1 and 4 million rows by their lengths
-The first is LoRA of SmolLM2-135M (rank 16, all linears); without --rows it takes chatterbot's small talk.
+The first is LoRA of SmolLM2-135M (rank 16, all linears); without --rows it takes chatterbot's small talk. Padded rows
+are as long as the longest of their batch, or all 512 ids, as shapes that are compiled or exported once have to be.
 """
 
 import argparse
@@ -44,11 +45,15 @@ def encoded(rows: str | None, limit: int) -> list[Any]:
     return encode_conversations(read_conversations(source(rows, limit)), given.chat, LENGTH, "all")
 
 
-def side(rows: str | None, limit: int, batch: int, packed: bool) -> Work:
-    """All conversations once a step of the comparison, `batch` rows to a step of training."""
+def side(rows: str | None, limit: int, batch: int, packed: bool, width: int = 0) -> Work:
+    """All conversations once a step of the comparison, `batch` rows of at least `width` ids to a step of training."""
+    import torch
+
     import puna
+    from puna.data.loader import Batch
     from puna.data.packing import PackedLoader
     from puna.lora import LoraConfig, add_lora
+    from puna.ops.cross_entropy import IGNORE
     from puna.train.fit import train_step
     from puna.train.objectives import next_token
     from puna.train.optim import OptimizerConfig, build_optimizer
@@ -58,9 +63,17 @@ def side(rows: str | None, limit: int, batch: int, packed: bool) -> Work:
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.0))
     loader = PackedLoader(encoded(rows, limit), LENGTH, batch, 0, seed=0, packed=packed)
 
+    def wide(made: Batch) -> Batch:
+        more = max(0, width - made.tokens.shape[1])
+        tokens, labels, positions = (
+            torch.nn.functional.pad(tensor, (0, more), value=value)
+            for tensor, value in ((made.tokens, 0), (made.labels, IGNORE), (made.positions, 0))
+        )
+        return Batch(tokens, labels, made.n, positions, made.documents)
+
     def epoch() -> float:
         for start in range(0, len(loader.packs), batch):
-            micro = [loader.batch(loader.packs[start : start + batch])]
+            micro = [wide(loader.batch(loader.packs[start : start + batch]))]
             train_step(model, optimizer, micro, next_token, 1e-4, 1.0, lambda loss, norm: True)
         return 0.0  # batches differ, so no loss is theirs to compare
 
@@ -76,6 +89,7 @@ def train(given: argparse.Namespace) -> None:
     print(f"{len(made)} conversations of {sum(lengths) / len(made):.0f} ids on average, {max(lengths)} at most")
     sides = {
         f"packed, {BATCH} rows of {LENGTH}": partial(side, given.rows, given.limit, BATCH, True),
+        f"padded to {LENGTH}, {BATCH} rows": partial(side, given.rows, given.limit, BATCH, False, LENGTH),
         f"padded, {BATCH} rows": partial(side, given.rows, given.limit, BATCH, False),
         f"padded, {together} rows": partial(side, given.rows, given.limit, together, False),
     }
