@@ -11,7 +11,8 @@ import puna
 from puna.checkpoint.adapter import base_of
 from puna.checkpoint.registry import find_model
 from puna.data.conversations import ChatSource, read_conversations
-from puna.data.packing import PackedLoader, encode_conversations
+from puna.data.encode import encode_conversations
+from puna.data.packing import PackedLoader
 from puna.eval.conversations import mean_loss
 
 

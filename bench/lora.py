@@ -42,7 +42,7 @@ def conversations(path: str, limit: int = 64) -> list[Any]:
     """Rows as the sft recipe encodes them."""
     from puna.checkpoint.registry import load_tokenizer
     from puna.data.conversations import ChatSource, read_conversations
-    from puna.data.packing import encode_conversations
+    from puna.data.encode import encode_conversations
     from puna.tokenizer.chat.format import ChatFormat
 
     source = ChatSource(path=path, limit=limit)

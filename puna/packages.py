@@ -56,6 +56,6 @@ class Package:
             )  # fmt: skip
 
 
-def cache() -> Path:
-    """$XDG_CACHE_HOME/puna/packages, or ~/.cache/puna/packages."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "puna" / "packages"
+def cache(what: str = "packages") -> Path:
+    """The folder for `what` in $XDG_CACHE_HOME/puna, or in ~/.cache/puna."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "puna" / what

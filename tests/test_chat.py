@@ -9,7 +9,8 @@ import pytest
 import transformers
 
 from puna.data.conversations import ChatSource, Conversation, read_conversations
-from puna.data.packing import PackedLoader, encode_conversations
+from puna.data.encode import encode_conversations
+from puna.data.packing import PackedLoader
 from puna.errors import DataError, UsageError
 from puna.eval.doctor.data_checks import stretches_of
 from puna.ops.cross_entropy import IGNORE

@@ -10,7 +10,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from puna.data.conversations import Conversation
-from puna.data.packing import encode_conversations
+from puna.data.encode import encode_conversations
 from puna.errors import DataError
 from puna.tokenizer.chat.format import ChatFormat
 from puna.tokenizer.spm import save_spm, train_spm

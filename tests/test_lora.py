@@ -11,7 +11,9 @@ from test_model import BASE, build, reference
 from puna.checkpoint.adapter import load_adapter, save_adapter
 from puna.checkpoint.names import from_disk_name
 from puna.data.conversations import Conversation, to_messages
-from puna.data.packing import PackedLoader, encode_conversations, pack
+from puna.data.encode import encode_conversations
+from puna.data.packing import PackedLoader
+from puna.data.packs import pack
 from puna.errors import CheckpointError, DataError, UsageError
 from puna.lora import LoraConfig, add_lora, lora_parameters, merge_lora
 from puna.model.config import ModelConfig

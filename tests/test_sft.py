@@ -128,6 +128,35 @@ def test_a_crash_amid_accumulation_leaves_nothing(
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
 
 
+def test_epochs_decide_the_steps(base: Path, rows: Path, tmp_path: Path) -> None:
+    """Epochs that end early leave rows unread; steps that are counted anew at a resume are another schedule."""
+    words = {"model": base, "template": "llama3", "data.path": rows, "seq_len": 64, "batch_size": 3, "dtype": "fp32"}
+    words |= {"epochs": 1.5, "train.accumulate": 2, "valid_fraction": 0, "packed": False}
+    done = run("sft", output=tmp_path / "run", **words)
+    metrics = Metrics(done / "metrics.jsonl").read()
+    assert json.loads((done / "measured.json").read_text())["steps"] == 10  # 1.5 x 40 rows, 6 a step
+    assert metrics[-1]["step"] == 10
+    assert metrics[-1]["epochs.conversations"] == 1.5
+    with pytest.raises(UsageError, match="both given"):
+        run("sft", output=tmp_path / "other", **words, steps=3)
+    assert not (tmp_path / "other").exists()
+
+
+def test_packing_ahead_tells_what_training_reads(base: Path, rows: Path, tmp_path: Path) -> None:
+    """A summary that counts otherwise than the run it is for."""
+    words = [f"model={base}", "template=llama3", f"data.path={rows}", "seq_len=64", "valid_fraction=0.2"]
+    (tmp_path / "mine.yaml").write_text("recipe: sft\n", encoding="utf-8")
+    done = command("data", "pack", tmp_path / "mine.yaml", *words, "too_long=drop", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["data"]
+    assert (told["conversations"], told["cut"], told["folder"]) == (40, 0, None)
+    assert told["rows"] + told["dropped"] == 40
+    assert told["held_out"] + told["packs"] <= 40
+    assert 0.5 < told["fill"] <= 1
+    assert "rows are held out" in command("data", "pack", tmp_path / "mine.yaml", *words).stdout
+    assert command("data", "pack", "quickstart/pretrain").returncode == 2
+
+
 def test_two_ranks_tune_an_adapter(base: Path, rows: Path, tmp_path: Path) -> None:
     """An adapter saved in parts, or ranks that drop the same places: dropout in the whole recipe, to its end."""
     output = tmp_path / "run"

@@ -16,7 +16,7 @@ from test_model import BASE, build
 
 from puna.cli import chat
 from puna.data.conversations import ChatSource, read_conversations, to_messages, to_tools
-from puna.data.packing import encode_conversations
+from puna.data.encode import encode_conversations
 from puna.errors import DataError, UsageError
 from puna.infer import llama
 from puna.infer.request import Completion, Result

@@ -16,9 +16,11 @@ Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of toke
 
 def register(app: typer.Typer) -> None:
     data = typer.Typer(
-        help="Look at data: show shards or what an sft config trains, stats.", no_args_is_help=True, cls=Verbs
-    )
+        help="Look at data: show shards or what an sft config trains, stats; pack encodes it ahead of training.",
+        no_args_is_help=True, cls=Verbs,
+    )  # fmt: skip
     data.command("show")(show_data)
+    data.command("pack")(pack_data)
     data.command("stats")(stats)
     app.add_typer(data, name="data")
 
@@ -61,29 +63,64 @@ def _documents(folder: Path, split: str, numbers: list[int]) -> list[dict[str, A
 
 def _conversations(config: str, words: list[str], numbers: list[int] | None) -> list[dict[str, Any]]:
     """The conversations of these numbers; without any, the first two packed rows."""
-    from puna.config import parse_words
-    from puna.data.packing import pack
-    from puna.recipes import config_file, load, recipe_of
+    from puna.data.packs import pack_rows
     from puna.tune.rows import encode
 
-    recipe = recipe_of(config_file(config))
-    if recipe != "sft":
-        raise UsageError(
-            f"a config for {recipe} has no conversations", where=config, fix="a folder of shards, or an sft config"
-        )
-    settings: Any = load(recipe, config, parse_words(words))
+    settings = _settings(config, words)
     tokenizer, rows = encode(settings, _tokenizer(settings.model), settings.data)
     if outside := [n for n in numbers or [] if not 0 <= n < len(rows)]:
         raise UsageError(f"no conversation {outside}", cause=f"there are {len(rows)}")
     shown = {f"conversation {n}": [n] for n in numbers or []}
     if not shown:
-        packs = pack([len(row.ids) for row in rows], settings.seq_len)[:2]
+        packs = pack_rows(rows, settings.seq_len)[:2]
         shown = {f"row {i}, conversations {', '.join(map(str, members))}": members for i, members in enumerate(packs)}
     found = []
     for name, members in shown.items():
         ids, trained = ([x for n in members for x in rows[n][part]] for part in (0, 1))
         found.append({"name": name, "ids": ids, "trained": trained, "pieces": _pieces(tokenizer, ids)})
     return found
+
+
+def _settings(config: str, words: list[str]) -> Any:
+    """The values of a config that reads conversations."""
+    from puna.config import parse_words
+    from puna.recipes import config_file, load, recipe_of
+
+    recipe = recipe_of(config_file(config))
+    if recipe != "sft":
+        raise UsageError(
+            f"a config for {recipe} has no conversations", where=config, fix="a folder of shards, or an sft config"
+        )
+    return load(recipe, config, parse_words(words))
+
+
+def pack_data(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="An sft config.")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the config's.", show_default=False)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that encode; by default one a core.")] = None,
+    as_json: bool = Json,
+) -> None:
+    """Encode and pack a config's conversations now, so that training starts at once. It uses what lies ready."""
+    from puna.data.conversations import given
+    from puna.tune.rows import encode, packed_as
+
+    settings, found = _settings(config, words or []), {}
+    for name, source in (("data", settings.data), ("watch", settings.watch)):
+        if name == "data" or given(source):
+            found[name] = packed_as(settings, encode(settings, _tokenizer(settings.model), source, workers)[1])
+    if as_json:
+        print_json(found)
+        return
+    for name, told in found.items():
+        print(f"{name}: {told['conversations']:,} conversations, {told['cut']:,} cut, {told['dropped']:,} dropped")
+        print(f"  {told['rows']:,} rows, {told['ids']:,} ids, {told['trained']:.1%} of them trained")
+        print(f"  {told['packs']:,} packs of {settings.seq_len:,} ids, {told['fill']:.1%} full")
+        print(f"  {told['held_out']:,} rows are held out")
+        for source, rows in told["sources"].items():
+            print(f"  {rows:,} rows of {source}")
+        print(f"  {told['folder'] or 'kept nowhere: so few are encoded anew at every start'}")
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:

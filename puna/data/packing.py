@@ -1,85 +1,67 @@
-"""Conversations packed into rows: encoded once, several to a row, never seeing one another."""
+"""Batches of conversations packed into rows, none of which sees another."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from puna.data.conversations import Conversation
+from puna.config import nearest
 from puna.data.loader import Batch, permute
+from puna.data.packs import pack_rows, single
+from puna.data.rows import Rows
 from puna.dist.collectives import part
 from puna.errors import DataError
-from puna.log import log
 from puna.ops.attention import Documents
 from puna.ops.cross_entropy import IGNORE
-from puna.tokenizer.chat.format import ChatFormat, Encoded, Train
+from puna.tokenizer.chat.format import Encoded
 
 
-def encode_conversations(
-    conversations: Iterable[Conversation], chat: ChatFormat, seq_len: int, train: Train
-) -> list[Encoded]:
-    """Each conversation as ids and mask, cut to `seq_len` ids.
+class _Stretch(NamedTuple):
+    """The packs of one source."""
 
-    Raises:
-        DataError: one in which nothing is trained, BOS stands twice, or an answer's end is not trained.
-    """
-    rows, cut = [], 0
-    bos = chat.tokenizer.named_id("bos_token")
-    for where, messages, tools, *_ in conversations:
-        try:
-            ids, trained = chat.encode(messages, train, tools)
-        except DataError as error:
-            raise DataError(error.what, where=where, cause=error.cause, fix=error.fix) from None
-        if ids[:2] == [bos, bos]:
-            raise DataError("BOS stands twice at the start", where=where, cause="template and tokenizer both add it")
-        cut += len(ids) > seq_len
-        row = Encoded(ids[:seq_len], trained[:seq_len])
-        if not any(row.trained[1:]):
-            why = "no assistant message" if not any(trained) else f"its answer lies beyond seq_len={seq_len}"
-            raise DataError("nothing to train in this conversation", where=where, cause=why, fix="mend or drop it")
-        rows.append(row)
-    if not rows:
-        raise DataError("no conversations in the data", cause="an empty file", fix="look at data.path")
-    if cut:
-        log.warning("%d of %d conversations are longer than seq_len=%d and were cut", cut, len(rows), seq_len)
-    return rows
-
-
-def split_rows(rows: Sequence[Encoded], share: float) -> tuple[list[Encoded], list[Encoded]]:
-    """(training, held out) by the hash of their ids: equal rows are on one side, and more rows move none."""
-    sides: tuple[list[Encoded], list[Encoded]] = ([], [])
-    for row in rows:
-        draw = int.from_bytes(hashlib.sha256(repr(row.ids).encode()).digest()[:8], "little") / 2**64
-        sides[draw < share].append(row)
-    return sides
-
-
-def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """Which rows share a pack: best fit, longest first; a pure function of its arguments."""
-    packs: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}
-    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        room = next((r for r in range(lengths[row], seq_len + 1) if by_room.get(r)), seq_len)
-        index = by_room[room].pop() if by_room.get(room) else len(packs)
-        if index == len(packs):
-            packs.append([])
-        packs[index].append(row)
-        by_room.setdefault(room - lengths[row], []).append(index)
-    return packs
+    name: str
+    first: int
+    packs: int
+    drawn: int  # in an epoch; above `packs` some are read again
 
 
 class PackedLoader:
-    """Endless batches of packed conversations (each rank its part) in an order that (seed, epoch, data) decides."""
+    """Endless batches of packed conversations (each rank its part) in an order that (seed, epoch, data) decides.
 
-    def __init__(self, rows: Sequence[Encoded], seq_len: int, batch_size: int, pad_id: int, seed: int):
-        self.rows, self.seq_len, self.batch_size, self.pad_id, self.seed = rows, seq_len, batch_size, pad_id, seed
-        if longest := max((len(r.ids) for r in rows if len(r.ids) > seq_len), default=0):
+    Args:
+        passes: how often a source is read while an epoch goes by, 1 where none is given. With 0.5 an epoch reads one
+            half of its packs and the next epoch the other: no pack is read again before all were.
+        packed: several conversations to a row. Else each has a row, padded to the longest of its batch: what most do,
+            and what packed rows have to equal.
+
+    Raises:
+        DataError: a row longer than seq_len, or passes over a source that the rows do not have.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Encoded],
+        seq_len: int,
+        batch_size: int,
+        pad_id: int,
+        seed: int,
+        passes: Mapping[str, float] | None = None,
+        packed: bool = True,
+    ):
+        self.rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+        self.seq_len, self.batch_size, self.pad_id, self.seed = seq_len, batch_size, pad_id, seed
+        self.passes = {name: times for name, times in (passes or {}).items() if times != 1}
+        self.packed = packed
+        if (longest := max(self.rows.lengths, default=0)) > seq_len:
             raise DataError(f"a conversation of {longest} ids does not fit seq_len={seq_len}", fix="a larger seq_len")
-        self.packs = pack([len(r.ids) for r in rows], seq_len)
-        digest = hashlib.sha256(repr([(r.ids, r.trained) for r in rows]).encode())
-        self.fingerprint = "sha256:" + digest.hexdigest()
+        self.packs = pack_rows(self.rows, seq_len) if packed else single(self.rows)
+        self.fingerprint = self.rows.fingerprint
         self.epoch = self.index = 0
+        self._stretches = self._find_stretches()
+        self.drawn = sum(stretch.drawn for stretch in self._stretches)
+        """Packs read in an epoch."""
 
     def __iter__(self) -> "PackedLoader":
         return self
@@ -89,24 +71,28 @@ class PackedLoader:
 
     def batch(self, packs: Sequence[Sequence[int]]) -> Batch:
         """The packs as one batch: padding is its own last id, trained nowhere and seen by nobody."""
-        tokens = torch.full((len(packs), self.seq_len), self.pad_id)
-        labels, positions = torch.full_like(tokens, IGNORE), torch.zeros_like(tokens)
+        read = [[self.rows.read(i) for i in members] for members in packs]
+        width = self.seq_len if self.packed else max(len(ids) for members in read for ids, _ in members)
+        tokens = np.full((len(packs), width), self.pad_id, dtype=np.int64)
+        labels, positions = np.full_like(tokens, IGNORE), np.zeros_like(tokens)
         spans = []
-        for row, members in enumerate(packs):
+        for row, members in enumerate(read):
             start = 0
-            for ids, trained in (self.rows[i] for i in members):
+            for ids, trained in members:
                 end = start + len(ids)
-                tokens[row, start:end] = torch.tensor(ids)
-                positions[row, start:end] = torch.arange(len(ids))
-                target = torch.tensor(ids[1:])
-                labels[row, start : end - 1] = torch.where(torch.tensor(trained[1:]), target, IGNORE)
+                tokens[row, start:end] = ids
+                positions[row, start:end] = np.arange(len(ids))
+                labels[row, start : end - 1] = np.where(trained[1:], ids[1:], IGNORE)
                 spans.append((row, start, end))
                 start = end
-        return Batch(tokens, labels, int((labels != IGNORE).sum()), positions, Documents(tuple(spans)))
+        n = int((labels != IGNORE).sum())
+        tensors = [torch.from_numpy(array) for array in (tokens, labels, positions)]
+        return Batch(tensors[0], tensors[1], n, tensors[2], Documents(tuple(spans)))
 
     def epochs(self) -> dict[str, float]:
-        """Passes made over the conversations so far."""
-        return {"conversations": self.epoch + self.index / len(self.packs)}
+        """Passes made over each source so far."""
+        done = self.epoch + self.index / max(1, self.drawn)
+        return {stretch.name or "conversations": done * stretch.drawn / stretch.packs for stretch in self._stretches}
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "index": self.index, "data": self.fingerprint}
@@ -123,10 +109,35 @@ class PackedLoader:
             )
         self.epoch, self.index = state["epoch"], state["index"]
 
+    def _find_stretches(self) -> list[_Stretch]:
+        numbers, firsts, counts = np.unique(self.packs.source, return_index=True, return_counts=True)
+        names = [self.rows.names[number] for number in numbers]
+        for name in self.passes:
+            if name not in names:
+                raise DataError(f"passes: no rows of a source `{name}`" + nearest(name, names), fix=", ".join(names))
+        return [
+            _Stretch(name, int(first), int(count), max(1, round(count * self.passes.get(name, 1.0))))
+            for name, first, count in zip(names, firsts, counts, strict=True)
+        ]
+
     def _next_pack(self) -> list[int]:
-        key = hashlib.sha256(f"{self.seed}/{self.epoch}".encode()).digest()
-        place = permute(self.index, len(self.packs), int.from_bytes(key[:8], "little"))
+        place = permute(self.index, self.drawn, _key(self.seed, self.epoch))
+        if self.passes:
+            place = self._drawn_place(place)
         self.index += 1
-        if self.index == len(self.packs):
+        if self.index == self.drawn:
             self.epoch, self.index = self.epoch + 1, 0
         return self.packs[place]
+
+    def _drawn_place(self, place: int) -> int:
+        """The pack that stands at `place` of an unshuffled epoch: each source goes on where its last epoch ended."""
+        for name, first, packs, drawn in self._stretches:
+            if place < drawn:
+                passed, place = divmod(self.epoch * drawn + place, packs)
+                return first + permute(place, packs, _key(self.seed, name, passed))
+            place -= drawn
+        raise IndexError(place)
+
+
+def _key(*what: object) -> int:
+    return int.from_bytes(hashlib.sha256("/".join(map(str, what)).encode()).digest()[:8], "little")

@@ -7,14 +7,16 @@ from textwrap import shorten
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from puna.config import Config as BaseConfig
 from puna.config import UserPath
 from puna.data.conversations import ChatSource, given
-from puna.data.packing import PackedLoader, split_rows
+from puna.data.packing import PackedLoader
+from puna.data.rows import Rows, split_rows
 from puna.dist.collectives import from_first, on_first, shared_run, stop_together, use_machine
 from puna.dist.fsdp import shard
+from puna.errors import UsageError
 from puna.eval.conversations import mean_loss, replies
 from puna.eval.tasks import TaskConfig, check_tasks, compare, evaluate_tasks
 from puna.files import atomic_folder, write_json
@@ -30,7 +32,7 @@ from puna.train.fit import TrainConfig, check_training, fit
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
 from puna.tune.model import TunedModel, load_tuned, saver, tuned_tokenizer
-from puna.tune.rows import ChatRows, encode, template_variables
+from puna.tune.rows import ChatRows, encode, steps_of, template_variables
 
 
 # Own classes, not a changed default instance: `train.keep=3` builds the section anew from its class.
@@ -61,6 +63,8 @@ class Config(TunedModel, ChatRows):
     recipe: Literal["sft"] = "sft"  # type: ignore[assignment]
     output: UserPath = Path("runs/sft")
     steps: PositiveInt = 200
+    epochs: PositiveFloat | None = None
+    """Instead of steps: passes over the conversations. Higher: learned more by heart; costs time."""
     rehearse: NonNegativeInt = 0
     """Questions the untuned chat model asks and answers itself first; trained along they keep it from forgetting."""
     watch: ChatSource = ChatSource()
@@ -75,6 +79,8 @@ class Config(TunedModel, ChatRows):
 
 def main(config: Config) -> Path:
     """Train on packed conversations and write `final/`. Run again after an interruption, it goes on."""
+    if config.epochs and "steps" in config.model_fields_set:
+        raise UsageError("steps and epochs are both given", fix="epochs=null, or leave steps out")
     with shared_run(config) as run:
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
         tokenizer, rows = encode(config, tuned_tokenizer(config), config.data)
@@ -86,11 +92,15 @@ def main(config: Config) -> Path:
         llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
         if config.rehearse:
             own = partial(rehearsal, llama, config.rehearse, config.seq_len, config.seed)
-            train += [Encoded(*row) for row in run.once("rehearsal", own)]
-        packed = partial(PackedLoader, seq_len=config.seq_len, batch_size=config.batch_size, pad_id=tokenizer.eos_id)
+            train = train.joined(Rows.of([Encoded(*row) for row in run.once("rehearsal", own)]))
+        shape = {"seq_len": config.seq_len, "batch_size": config.batch_size, "packed": config.packed}
+        packed = partial(PackedLoader, **shape, pad_id=tokenizer.eos_id)
         batches = packed(train, seed=config.seed)
         what = f"{len(train)} conversations in {len(batches.packs)} rows of {config.seq_len} ids"
         log.info("%s, %d held out", what, len(valid))
+        steps = config.steps
+        if config.epochs:
+            steps = run.once("steps", partial(steps_of, config.epochs, batches, config.train.accumulate))
         named = {"valid_loss": valid, "watched_loss": watched}
         held_out = {name: packed(rows, seed=0) for name, rows in named.items() if rows}
         parents, asked = [parent(config.model, base.path)], config.model_dump(mode="json")
@@ -108,7 +118,7 @@ def main(config: Config) -> Path:
         # Of dropout: what was drawn until here differs between a start and a resume.
         torch.manual_seed(config.seed + rank())
         saved = partial(save, lineage=made_from)
-        state = fit(run, llama.model, batches, next_token, config.train, config.steps, evaluate, saved)
+        state = fit(run, llama.model, batches, next_token, config.train, steps, evaluate, saved)
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
         if config.train.keep_best:
             result["kept_step"] = state.kept

@@ -208,16 +208,17 @@ class ChatFormat:
             check_names(marked, lambda called, offered: self._render(called, offered, add_prompt), fix)
             shape = self._render(marked.messages, marked.tools, add_prompt)
             for told in check_complete(marked, shape):
-                self._tell(re.sub(r"\d+ ", "", told, count=1), told)
+                self.tell(told)
             self._shapes[key] = shape
         if self._control.findall(text) != self._control.findall(self._shapes[key]):
             why = "the template makes control tokens of what is said: whoever writes a message could write any turn"
             raise DataError(why, where=self.tokenizer.where, fix="another template (template=)")
         if not follows(marked, self._shapes[key], text):
-            self._tell("content", "the chat template writes other things for other words: look at it (puna inspect)")
+            self.tell("the chat template writes other things for other words: look at it (puna inspect)")
 
-    def _tell(self, about: str, what: str) -> None:
-        if about not in self._told:
+    def tell(self, what: str) -> None:
+        """Warn of something once, whatever the number in it."""
+        if (about := re.sub(r"\d+ ", "", what, count=1)) not in self._told:
             self._told.add(about)
             log.warning("%s", what)
 
