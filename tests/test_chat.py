@@ -260,7 +260,7 @@ def test_a_hundred_real_conversations_with_tools(assets: Path, llama3: Tokenizer
     chat = ChatFormat(llama3, "llama3.1", date_string="26 Jul 2024")
     path = assets / "sft/glaive_toolcall_en_demo.json.gz"
     raw, calls = json.loads(gzip.decompress(path.read_bytes())), 0
-    for number, (_, messages, tools) in enumerate(read_conversations(ChatSource(path=path, limit=100))):
+    for number, (_, messages, tools, *_) in enumerate(read_conversations(ChatSource(path=path, limit=100))):
         ids, trained = chat.encode(messages, tools=tools)
         learned = [chat.parse(ids[start:end]) for start, end in stretches_of(trained)]
         spoken = [t for t in raw[number]["conversations"] if t["from"] in ("gpt", "function_call")]

@@ -41,16 +41,12 @@ def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty short conversations of every shape."""
+    """Forty short conversations."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     lines = []
     for i in range(40):
         question, answer = f"How many llamas are {i} and {i}?", f"{2 * i} llamas."
-        lines.append(
-            {"prompt": question, "completion": answer}
-            if i % 2
-            else {"instruction": question, "input": "", "output": answer}
-        )
+        lines.append({"instruction": question, "input": "", "output": answer})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
