@@ -13,6 +13,7 @@ from puna.checkpoint.registry import load_tokenizer
 from puna.config import Config as BaseConfig
 from puna.config import UserPath
 from puna.data.conversations import ChatSource, given
+from puna.data.leaks import tell_leaks
 from puna.data.packing import PackedLoader, split_rows
 from puna.dist.collectives import from_first, on_first
 from puna.dist.fsdp import shard
@@ -32,7 +33,7 @@ from puna.train.fit import TrainConfig, fit
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
 from puna.tune.model import TunedModel, load_tuned, saver
-from puna.tune.rows import ChatRows, encode, template_variables
+from puna.tune.rows import ChatRows, encode, template_variables, write_selection
 
 
 # Own classes, not a changed default instance: `train.keep=3` builds the section anew from its class.
@@ -81,10 +82,14 @@ def main(config: Config) -> Path:
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
         tokenizer, rows = encode(config, load_tokenizer(config.model), config.data)
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
+        apart = encode(config, tokenizer, config.valid)[1] if given(config.valid) else []
+        from_first(write_selection, run.folder / "selection.json", config.data)
         use_machine(run)
         base = load_tuned(config, template_variables(config))
         llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
-        train, valid = split_rows(rows, config.valid_fraction)
+        train, valid = split_rows(rows, 0 if apart else config.valid_fraction)
+        valid = apart or valid
+        from_first(tell_leaks, train, valid)
         if config.rehearse:
             own = partial(rehearsal, llama, config.rehearse, config.seq_len, config.seed)
             train += [Encoded(*row) for row in run.once("rehearsal", own)]

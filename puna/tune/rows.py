@@ -1,5 +1,6 @@
 """Conversations as a tuning recipe reads them: which, by which template, and what of them is trained."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt
@@ -7,6 +8,8 @@ from pydantic import Field, PositiveInt
 from puna.config import RecipeConfig
 from puna.data.conversations import ChatSource, read_conversations
 from puna.data.packing import encode_conversations
+from puna.data.quality.config import SelectConfig
+from puna.files import write_json
 from puna.tokenizer.chat.format import ChatFormat, Encoded, Train
 from puna.tokenizer.tokenizer import Tokenizer
 
@@ -15,6 +18,8 @@ class ChatRows(RecipeConfig):
     """The part of a recipe's config that says what is learned from."""
 
     data: ChatSource = ChatSource()
+    valid: ChatSource = ChatSource()
+    """Conversations to measure the loss on, if they lie apart; then valid_fraction takes none of `data`."""
     template: str | None = None
     """llama2, llama3, llama3.1, llama3.2, llama3.2-pythonic, llama3.3 or chatml; null takes the model's own."""
     date_string: str = "26 Jul 2024"
@@ -41,3 +46,15 @@ def encode(config: ChatRows, tokenizer: Tokenizer, source: ChatSource) -> tuple[
 def template_variables(config: ChatRows) -> dict[str, Any]:
     """What the chat template may ask for."""
     return {"date_string": config.date_string, **config.variables}
+
+
+def write_selection(path: Path, source: ChatSource) -> None:
+    """What `select` kept and dropped of the source, once, in `path`; nothing where it drops nothing.
+
+    It reads the conversations again: the ids of an earlier run may have been found without reading any.
+    """
+    if source.select != SelectConfig() and not path.exists():
+        report: dict[str, Any] = {}
+        for _ in read_conversations(source, report):
+            pass
+        write_json(path, report)

@@ -23,8 +23,9 @@ class SelectConfig(Config):
     max_answer_words: PositiveInt | None = None
     """Lower: drops essays; too low teaches brevity where length is needed."""
     repetition: Annotated[float, Field(gt=0, le=10)] | None = None
-    """Multiple of Gopher's limits on repeated lines and word sequences, for answers of 50 words and more. 1: as
-    published; lower: drops more, lists and code first; higher: only what runs in circles."""
+    """Multiple of Gopher's limits on repeated lines and word sequences, for answers of 50 words and more. Lower: drops
+    more, worked solutions, lists and code first. 1, made for web pages, drops 2 % of Alpaca and 15 % of GSM8K; 2 drops
+    0.1 % and 1 %: what runs in circles."""
     duplicates: bool = False
     """Drop what is the same as an earlier one but for case and spaces."""
     near_duplicates: Annotated[float, Field(ge=0.3, le=1)] | None = None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _VALUES = 128  # of a signature: its estimate of a similarity s errs by sqrt(s (1 - s) / 128), 0.035 at 0.8
-_BLOCK = 512  # sequences hashed at a time: 0.5 MB however long the text
+_BLOCK = 128  # sequences hashed at a time: what stays in a core's cache is twenty times faster
 _GRAM = 3
 _FACTORS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))
 _SHIFT = np.uint64(32)
@@ -39,9 +39,10 @@ def signature(hashes: np.ndarray) -> np.ndarray:
     """The least value of 128 hash functions over the set: two sets share each with their similarity. (128,) uint32."""
     least = np.full(_VALUES, np.iinfo(np.uint64).max, np.uint64)
     for start in range(0, len(hashes), _BLOCK):
-        values = (hashes[start : start + _BLOCK, None] * _ODD + _ADD) >> _SHIFT
-        least = np.minimum(least, values.min(0))
-    return least.astype(np.uint32)
+        values = hashes[start : start + _BLOCK, None] * _ODD
+        values += _ADD
+        np.minimum(least, values.min(0), out=least)
+    return (least >> _SHIFT).astype(np.uint32)
 
 
 def rows_of_a_band(threshold: float) -> int:
@@ -61,12 +62,15 @@ class NearDuplicates:
 
     def find(self, own: np.ndarray) -> Near | None:
         """The text whose signature is most like this one (of equals the first), if it reaches the threshold."""
+        return max(self.all_near(own), key=lambda near: (near[1], -near[0]), default=None)
+
+    def all_near(self, own: np.ndarray) -> list[Near]:
+        """Every text whose signature reaches the threshold."""
         candidates = sorted({number for band in self._bands(own) for number in self._buckets.get(band, ())})
         if not candidates:
-            return None
-        alike = (self.signatures[candidates] == own).mean(1)
-        best = int(alike.argmax())
-        return (candidates[best], float(alike[best])) if alike[best] >= self.threshold else None
+            return []
+        alike = (self.signatures[candidates] == own).mean(1).tolist()
+        return [(n, share) for n, share in zip(candidates, alike, strict=True) if share >= self.threshold]
 
     def add(self, own: np.ndarray) -> int:
         """Keep a signature to compare others with; its number."""

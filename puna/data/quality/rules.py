@@ -41,9 +41,9 @@ def wrong_length(prompt: str, answer: str, config: SelectConfig) -> Iterator[tup
 def repetition(text: str, factor: float) -> str:
     """What exceeds `factor` times Gopher's limits (Rae et al. 2021, table A1); "" if nothing does.
 
-    Shares are of the words' characters: of the most frequent 2-, 3- and 4-gram, of all 5- to 10-grams that occur
-    twice; and of the lines' characters that stand in a line said before. Its limits on counts of lines and on
-    paragraphs are left out: closing braces and lists of one word a line would break them.
+    Shares are of the words' characters: of the most frequent 2-, 3- and 4-gram, of 5- to 10-grams said again; and of
+    the lines' characters that stand in a line said before. Its limits on counts of lines and on paragraphs are left
+    out: closing braces and lists of one word a line would break them.
     """
     found = words(text)
     if len(found) < _FEWEST:
@@ -69,11 +69,15 @@ def repeated_lines(lines: Sequence[str]) -> float:
 
 
 def repeated_share(found: Sequence[str], n: int) -> float:
-    """The share of characters in word n-grams that occur more than once, each character counted once."""
-    grams = list(zip(*(found[i:] for i in range(n)), strict=False))
-    counts = Counter(grams)
-    inside = set[int]()
-    for place, gram in enumerate(grams):
-        if counts[gram] > 1:
-            inside.update(range(place, place + n))
-    return sum(len(found[i]) for i in inside) / max(1, sum(map(len, found)))
+    """The share of characters in word n-grams that were said before, none counted twice."""
+    seen = set[tuple[str, ...]]()
+    again = place = 0
+    while place + n <= len(found):
+        gram = tuple(found[place : place + n])
+        if gram in seen:
+            again += sum(map(len, gram))
+            place += n
+        else:
+            seen.add(gram)
+            place += 1
+    return again / max(1, sum(map(len, found)))
