@@ -14,7 +14,7 @@ from puna.errors import DataError, UsageError
 from puna.eval.doctor.data_checks import stretches_of
 from puna.ops.cross_entropy import IGNORE
 from puna.tokenizer.bpe import save_bpe
-from puna.tokenizer.chat.format import BUNDLED, ChatFormat, bundled, fitting, read_template
+from puna.tokenizer.chat.format import BUNDLED, ChatFormat, Role, bundled, fitting, read_template
 from puna.tokenizer.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -253,6 +253,40 @@ def test_meta_golden_dialog(llama3: Tokenizer) -> None:
         128000, 128006, 9125, 128007, 271, 2028, 374, 264, 1296, 11914, 13, 128009, 128006, 882, 128007, 271,
         2028, 374, 264, 2077, 13, 128009, 128006, 78191, 128007, 271,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ["llama3", "chatml"])
+@pytest.mark.parametrize("roles", [("user",), ("system", "assistant"), ("assistant", "user", "system"), ("tool",)])
+def test_masks_by_role(template: str, roles: tuple[Role, ...], tokenizers_by_template: dict[str, Tokenizer]) -> None:
+    """Turns of some roles alone, from what begins them to what ends them; ids are those of every other mask."""
+    tokenizer, messages = tokenizers_by_template[template], [SYSTEM, *TURNS, {**TURNS[0], "train": False}]
+    chat = ChatFormat(tokenizer, bundled(template))
+    ids, trained = chat.encode(messages, roles)
+    assert ids == chat.encode(messages).ids
+    begin, start, end, after = PIECES[template]
+    learned = tokenizer.decode([i for i, on in zip(ids, trained, strict=True) if on], special=True)
+    expected = ""
+    for number, message in enumerate(messages):
+        if message["role"] in roles and message.get("train", True):
+            header = "" if message["role"] == "assistant" else start.format(message["role"])
+            expected += (begin if number == 0 else "") + header + message["content"] + end
+            expected += "" if message["role"] == "assistant" else after
+    assert learned == expected
+    if roles == ("assistant", "user", "system"):
+        assert chat.encode(TURNS, ("assistant",)) == chat.encode(TURNS)
+
+
+def test_roles_that_a_template_writes_as_one(tokenizer_folder: Path) -> None:
+    """Llama 2's system message stands within the user's turn: a mask of one would silently be of both, or none."""
+    chat = ChatFormat(Tokenizer(tokenizer_folder), "llama2")
+    for alone in (("user",), ("system", "assistant")):
+        with pytest.raises(DataError, match="system and user apart"):
+            chat.encode([SYSTEM, *TURNS], alone)
+    both = chat.encode([SYSTEM, *TURNS], ("user", "system"))
+    answers = chat.encode([SYSTEM, *TURNS])
+    assert both.ids == answers.ids
+    assert [not on for on in both.trained] == answers.trained
+    assert chat.encode(TURNS, ("user",)).trained == [not on for on in chat.encode(TURNS).trained]
 
 
 def test_a_hundred_real_conversations_with_tools(assets: Path, llama3: Tokenizer) -> None:

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import puna
 
 from puna.data.conversation import Conversation
 from puna.data.conversations import ChatSource, read_conversations
+from puna.data.leaks import near_both
 from puna.data.quality.config import SelectConfig
 from puna.data.quality.near_duplicates import NearDuplicates, grams, jaccard, rows_of_a_band, signature, word_ids
 from puna.data.quality.rules import pieces, repeated_lines, repeated_share, repetition, words
 from puna.data.quality.select import Selection, select, sides
 from puna.errors import DataError, UsageError
+from puna.tokenizer.chat.format import Encoded
 
 
 def chats(*pairs: tuple[str, str]) -> list[Conversation]:
@@ -228,3 +231,44 @@ def test_it_is_a_section_of_the_data(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert len(list(read_conversations(source, report))) == 4
     assert (report["read"], report["kept"]) == (8, 4)
     assert "4 of 8 conversations kept; dropped: 4 duplicates" in caplog.text
+
+
+def test_questions_that_training_answers_are_counted() -> None:
+    """The template's own words, alike in every row, must not make all rows alike; nor hide those that are."""
+    start, end = list(range(100)), list(range(200, 220))
+    draw = random.Random(0)
+
+    def row(question: list[int]) -> Encoded:
+        ids = [*start, *question, *end, 1, 2]
+        return Encoded(ids, [False] * (len(ids) - 2) + [True] * 2)
+
+    questions = [[draw.randrange(1000, 9000) for _ in range(30)] for _ in range(40)]
+    valid = [row(question) for question in questions[:20]]
+    assert near_both([row(question) for question in questions[20:]], valid) == 0
+    changed = [[*question[:-1], 7] for question in questions[5:8]]
+    assert near_both([row(question) for question in [*questions[20:], *changed]], valid) == 3
+    texts = [Encoded([0, *question], [False] + [True] * 30) for question in questions]
+    assert near_both(texts[5:30], texts[:20]) == 15
+    assert near_both([row([])], [row([]), row([])]) == 0
+    assert near_both(valid, []) == 0
+
+
+def test_the_verb_shows_and_writes(tmp_path: Path) -> None:
+    """What is dropped has to be seen before it is trained without it, in a terminal of 80 columns."""
+    file, kept_file = tmp_path / "rows.jsonl", tmp_path / "kept.jsonl"
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    rows = [{"messages": [{"role": "user", "content": "Hi\x1b[31m"}, {"role": "assistant", "content": "Ho"}]}] * 2
+    rows += [{"messages": [{"role": "user", "content": "Call"}, {"role": "assistant", "tool_calls": [call]}],
+              "tools": [{"name": "f"}]}]  # fmt: skip
+    file.write_text("\n".join(map(json.dumps, rows)))
+    done = puna("data", "select", file, "data.select.duplicates=true", "--output", kept_file)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "2 of 3 conversations kept\n\nduplicates: 1 dropped (33.3%)\n  rows.jsonl:2  like rows.jsonl:1\n"
+    )
+    before, after = (list(read_conversations(ChatSource(path=path))) for path in (file, kept_file))
+    assert [c[1:] for c in after] == [before[0][1:], before[2][1:]]
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"recipe: sft\ndata: {{path: {file}, select: {{duplicates: true}}}}\n")
+    report = json.loads(puna("data", "select", config, "data.select.min_answer_words=1", "--json").stdout)
+    assert report["dropped"] == {"min_answer_words": 1, "duplicates": 1}

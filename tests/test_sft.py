@@ -241,6 +241,25 @@ def test_data_show_marks_what_is_trained(base: Path, rows: Path, tmp_path: Path)
     assert subprocess.run([*command[:-1], "99"], capture_output=True).returncode == 2
 
 
+def test_what_is_selected_and_held_out_is_told(
+    base: Path, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows dropped without a trace; a validation file that training has seen; a loss that flatters."""
+    caplog.set_level("INFO", "puna")
+    (tmp_path / "twice.jsonl").write_text(rows.read_text() * 2, encoding="utf-8")
+    (tmp_path / "valid.jsonl").write_text("".join(rows.read_text().splitlines(True)[:7]), encoding="utf-8")
+    words = {"data.select.duplicates": True, "valid.path": tmp_path / "valid.jsonl", "steps": 1}
+    run_folder = tune(base, tmp_path / "twice.jsonl", tmp_path / "run", **words)
+    report = json.loads((run_folder / "selection.json").read_text())
+    assert (report["read"], report["kept"], report["dropped"]) == (80, 40, {"duplicates": 40})
+    assert "40 of 80 conversations kept; dropped: 40 duplicates" in caplog.text
+    assert "40 conversations in" in caplog.text
+    assert "7 of 7 held-out conversations ask nearly what training answers" in caplog.text
+    page = (run_folder / "report.html").read_text()
+    assert "Conversations dropped" in page
+    assert "twice.jsonl:41: like" in page
+
+
 def test_before_and_after_are_told(base: Path, rows: Path, tmp_path: Path) -> None:
     """Judged, watched and asked at step 0 and in the end, kept over a resume, and shown in the report."""
     pytest.importorskip("reasoning_gym")

@@ -27,7 +27,8 @@ class ChatRows(RecipeConfig):
     variables: dict[str, Annotated[bool | str | list[str], Field(union_mode="left_to_right")]] = {}
     """What else the template asks for: `builtin_tools: [brave_search, code_interpreter]`, say, of Llama 3.1."""
     train_on: Train = "all"
-    """all: every assistant message; last: the last one of each conversation."""
+    """all: every assistant message; last: the last one of each conversation; [assistant, user]: all of these roles
+    (also system and tool), to learn how the others speak. A message with `train: false` never is."""
     seq_len: PositiveInt = 512
     """Ids in a packed row. Longer conversations are cut."""
     batch_size: PositiveInt = 4
