@@ -1,8 +1,10 @@
 """Files of rows: every kind read alike, none whole in memory, and what is wrong in one told with file:line."""
 
+import contextlib
 import csv
 import gzip
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +134,20 @@ def test_what_is_wrong_is_told_with_its_place(
         list(read_rows(tmp_path / name))
     assert told.value.where == f"{tmp_path / name}{where}"
     assert what in told.value.what
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "arrow", "jsonl.gz"])
+def test_damage_is_an_error_or_other_rows(kind: str, tmp_path: Path) -> None:
+    """Whatever bytes a download broke: no traceback, no hang, no crash of the process."""
+    file, draw = write(tmp_path / f"rows.{kind}", [{"a": f"x{i}", "b": 'y, "z"'} for i in range(5)]), random.Random(0)
+    whole = file.read_bytes()
+    for _ in range(150):
+        raw = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            raw[draw.randrange(len(raw))] = draw.randrange(256)
+        file.write_bytes(raw[: draw.choice([len(raw), draw.randrange(len(raw))])])
+        with contextlib.suppress(DataError):
+            assert all(isinstance(row, dict) for _, row in read_rows(file))
 
 
 _MEASURE = """

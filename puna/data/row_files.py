@@ -6,6 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,18 +101,20 @@ def _read_cells(stream: BinaryIO, file: Path, tabs: bool) -> Iterator[tuple[int,
     lines = (line for _, line in _decoded_lines(stream, file))
     first = next(lines, "")
     mark = "\t" if tabs else ";" if ";" in first and "," not in first else ","
-    names = next(csv.reader([first], delimiter=mark), [])
-    if not all(names) or len(set(names)) < len(names):
-        raise DataError("the first line does not name every column once", where=f"{file}:1", cause=first[:100].strip())
-    reader, start = csv.reader(lines, delimiter=mark, strict=True), 2
+    reader, start = csv.reader(chain([first], lines), delimiter=mark, strict=True), 1
     try:
+        names = next(reader, [])
+        if not all(names) or len(set(names)) < len(names):
+            what = "the first line does not name every column once"
+            raise DataError(what, where=f"{file}:1", cause=f"it is {first[:100].strip()!r}")
+        start = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(names):
                 what = f"{len(cells)} cells where the first line names {len(names)} columns"
                 raise DataError(what, where=f"{file}:{start}", cause="a comma or quote in a cell without quotes")
             if cells:
                 yield start, dict(zip(names, cells, strict=True))
-            start = reader.line_num + 2
+            start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"not CSV: {error}", where=f"{file}:{start}", cause="a quote that is never closed") from None
 

@@ -30,6 +30,6 @@ class SelectConfig(Config):
     """Drop what is the same as an earlier one but for case and spaces."""
     near_duplicates: Annotated[float, Field(ge=0.3, le=1)] | None = None
     """Drop what shares at least this part of its word triples with an earlier one. Lower: drops more, also other
-    questions of one pattern; 0.8 drops rewordings. Costs about 3 KB of memory a conversation that is kept."""
+    questions of one pattern; 0.8 drops rewordings. Costs about 4 KB of memory a conversation that is kept."""
     compare: Literal["prompt", "conversation"] = "prompt"
     """What the two rules above compare. prompt: one answer to each question; conversation: drops less."""

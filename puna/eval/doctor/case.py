@@ -199,12 +199,7 @@ def _conversational(data: Path) -> bool:
     """Whether the first row of the file is a conversation."""
     if not data.name.lower().endswith(ROW_SUFFIXES):
         return False
-    try:
-        return any(c.text is None for c in read_conversations(ChatSource(path=data, limit=1)))
-    except DataError as error:
-        if "found: " in str(error) and "text" in str(error):  # another column than a conversation's: plain text
-            return False
-        raise
+    return any(c.text is None for c in read_conversations(ChatSource(path=data, limit=1)))
 
 
 def _pieces(text: str, count: int) -> Iterator[str]:
