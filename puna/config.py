@@ -10,7 +10,7 @@ import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -20,6 +20,7 @@ Keys = tuple[str | int, ...]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 """A path as people type it: `~` is their home."""
 C = TypeVar("C", bound="Config")
+_ANY = "NAME"  # in a dotted key: whatever the user calls a part
 
 
 class Config(BaseModel):
@@ -243,9 +244,10 @@ def _in_file(keys: Keys, tree: Any) -> bool:
 
 
 def _submodel(annotation: Any) -> type[Config] | None:
+    """The section that a key holds; of a mapping, whose names the user gives, there is none."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return annotation
-    for inner in getattr(annotation, "__args__", ()):
+    for inner in () if get_origin(annotation) is dict else getattr(annotation, "__args__", ()):
         if found := _submodel(inner):
             return found
     return None
@@ -253,7 +255,13 @@ def _submodel(annotation: Any) -> type[Config] | None:
 
 def _below(everywhere: Sequence[str], keys: Keys) -> list[str]:
     parent = ".".join(map(str, keys))
-    return [k.rpartition(".")[2] for k in everywhere if k.rpartition(".")[0] == parent]
+    found = [k.rpartition(".") for k in everywhere]
+    return [key for level, _, key in found if level == parent or (_ANY in level and _fits(level, parent))]
+
+
+def _fits(level: str, parent: str) -> bool:
+    ours, theirs = level.split("."), parent.split(".")
+    return len(ours) == len(theirs) and all(a in (_ANY, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _all_keys(kind: type[Config], prefix: str = "") -> list[str]:
@@ -261,4 +269,6 @@ def _all_keys(kind: type[Config], prefix: str = "") -> list[str]:
     for key, field in kind.model_fields.items():
         inner = _submodel(field.annotation)
         names += [f"{prefix}{key}", *(_all_keys(inner, f"{prefix}{key}.") if inner else [])]
+        if get_origin(field.annotation) is dict and (member := _submodel(get_args(field.annotation)[1])):
+            names += _all_keys(member, f"{prefix}{key}.{_ANY}.")
     return names

@@ -15,7 +15,7 @@ from puna.errors import DataError, UsageError
 from puna.eval.doctor.data_checks import stretches_of
 from puna.ops.cross_entropy import IGNORE
 from puna.tokenizer.bpe import save_bpe
-from puna.tokenizer.chat.format import BUNDLED, ChatFormat, bundled, fitting, read_template
+from puna.tokenizer.chat.format import BUNDLED, ChatFormat, Role, bundled, fitting, read_template
 from puna.tokenizer.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -256,12 +256,46 @@ def test_meta_golden_dialog(llama3: Tokenizer) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("template", ["llama3", "chatml"])
+@pytest.mark.parametrize("roles", [("user",), ("system", "assistant"), ("assistant", "user", "system"), ("tool",)])
+def test_masks_by_role(template: str, roles: tuple[Role, ...], tokenizers_by_template: dict[str, Tokenizer]) -> None:
+    """Turns of some roles alone, from what begins them to what ends them; ids are those of every other mask."""
+    tokenizer, messages = tokenizers_by_template[template], [SYSTEM, *TURNS, {**TURNS[0], "train": False}]
+    chat = ChatFormat(tokenizer, bundled(template))
+    ids, trained = chat.encode(messages, roles)
+    assert ids == chat.encode(messages).ids
+    begin, start, end, after = PIECES[template]
+    learned = tokenizer.decode([i for i, on in zip(ids, trained, strict=True) if on], special=True)
+    expected = ""
+    for number, message in enumerate(messages):
+        if message["role"] in roles and message.get("train", True):
+            header = "" if message["role"] == "assistant" else start.format(message["role"])
+            expected += (begin if number == 0 else "") + header + message["content"] + end
+            expected += "" if message["role"] == "assistant" else after
+    assert learned == expected
+    if roles == ("assistant", "user", "system"):
+        assert chat.encode(TURNS, ("assistant",)) == chat.encode(TURNS)
+
+
+def test_roles_that_a_template_writes_as_one(tokenizer_folder: Path) -> None:
+    """Llama 2's system message stands within the user's turn: a mask of one would silently be of both, or none."""
+    chat = ChatFormat(Tokenizer(tokenizer_folder), "llama2")
+    for alone in (("user",), ("system", "assistant")):
+        with pytest.raises(DataError, match="system and user apart"):
+            chat.encode([SYSTEM, *TURNS], alone)
+    both = chat.encode([SYSTEM, *TURNS], ("user", "system"))
+    answers = chat.encode([SYSTEM, *TURNS])
+    assert both.ids == answers.ids
+    assert [not on for on in both.trained] == answers.trained
+    assert chat.encode(TURNS, ("user",)).trained == [not on for on in chat.encode(TURNS).trained]
+
+
 def test_a_hundred_real_conversations_with_tools(assets: Path, llama3: Tokenizer) -> None:
     """Glaive's rows under Llama 3's own tokenizer: every call comes back, no observation is trained."""
     chat = ChatFormat(llama3, "llama3.1", date_string="26 Jul 2024")
     path = assets / "sft/glaive_toolcall_en_demo.json.gz"
     raw, calls = json.loads(gzip.decompress(path.read_bytes())), 0
-    for number, (_, messages, tools) in enumerate(read_conversations(ChatSource(path=path, limit=100))):
+    for number, (_, messages, tools, *_) in enumerate(read_conversations(ChatSource(path=path, limit=100))):
         ids, trained = chat.encode(messages, tools=tools)
         learned = [chat.parse(ids[start:end]) for start, end in stretches_of(trained)]
         spoken = [t for t in raw[number]["conversations"] if t["from"] in ("gpt", "function_call")]

@@ -23,7 +23,7 @@ from puna.tokenizer.chat.format import BUNDLED
 LINES: dict[str, tuple[set[str], set[str]]] = {
     "puna ": ({"run", "ls", "quickstart", "data", "completion"}, {"--help"}),
     "puna ru": ({"run", "runs"}, {"ls"}),
-    "puna data ": ({"show", "stats"}, {"run"}),
+    "puna data ": ({"show", "select", "stats"}, {"run"}),
     "puna run ": (set(RECIPES), {"debug"}),
     "puna -v run pret": ({"pretrain"}, {"tokenizer"}),
     "puna run pretrain --c": ({"--config"}, set()),

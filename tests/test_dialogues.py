@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from puna.data import conversations, dialogues
-from puna.data.conversations import ChatSource, problems, read_conversations
+from puna.data.conversations import ChatSource, read_conversations
+from puna.data.problems import problems
 from puna.errors import DataError, UsageError
 from puna.packages import Package
 

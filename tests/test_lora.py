@@ -262,5 +262,5 @@ def test_rows_that_teach_nothing_are_errors(tokenizer_folder: Path) -> None:
     )
     assert len(row.ids) == 150
     assert row.trained[-1]
-    with pytest.raises(DataError, match=r"found: text"):
-        to_messages({"text": "x"}, "rows.jsonl:1")
+    with pytest.raises(DataError, match=r"found: txt"):
+        to_messages({"txt": "x"}, "rows.jsonl:1")

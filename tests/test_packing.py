@@ -20,7 +20,7 @@ from test_lora import gradients
 from test_lora import rows as encoded_rows
 
 from puna.data import encoders, packs, row_cache
-from puna.data.conversations import ChatSource, Conversation
+from puna.data.conversations import ChatSource, Conversation, MixedSource
 from puna.data.encode import Encoding, encode_conversation, encode_conversations
 from puna.data.encoders import encode_in_order
 from puna.data.packing import PackedLoader
@@ -364,7 +364,10 @@ def test_damaged_rows_are_encoded_again(
 
 def test_every_field_of_a_source_is_known_to_the_cache() -> None:
     """A source with a new way to name files is taken from the cache after they changed, unless `data_files` has it."""
-    assert set(ChatSource.model_fields) == {"path", "reasoning_gym", "packages", "size", "task_seed", "limit"}
+    named = {"path", "hub", "file", "split", "packages", "sources"}  # of these `data_files` knows the files
+    plain = {"format", "columns", "reasoning_gym", "size", "task_seed", "limit", "select"}
+    assert set(ChatSource.model_fields) == named | plain
+    assert set(MixedSource.model_fields) == (named | plain | {"passes"}) - {"sources", "select"}
 
 
 def test_a_text_in_pieces_is_predicted_once(chat: ChatFormat) -> None:

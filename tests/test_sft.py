@@ -41,16 +41,12 @@ def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty short conversations of every shape."""
+    """Forty short conversations."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     lines = []
     for i in range(40):
         question, answer = f"How many llamas are {i} and {i}?", f"{2 * i} llamas."
-        lines.append(
-            {"prompt": question, "completion": answer}
-            if i % 2
-            else {"instruction": question, "input": "", "output": answer}
-        )
+        lines.append({"instruction": question, "input": "", "output": answer})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
@@ -283,6 +279,25 @@ def test_data_show_marks_what_is_trained(base: Path, rows: Path, tmp_path: Path)
     listed = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True).stdout)
     assert [p for p, t in zip(listed[0]["pieces"], listed[0]["trained"], strict=True) if t][-1] == "<|eot_id|>"
     assert subprocess.run([*command[:-1], "99"], capture_output=True).returncode == 2
+
+
+def test_what_is_selected_and_held_out_is_told(
+    base: Path, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows dropped without a trace; a validation file that training has seen; a loss that flatters."""
+    caplog.set_level("INFO", "puna")
+    (tmp_path / "twice.jsonl").write_text(rows.read_text() * 2, encoding="utf-8")
+    (tmp_path / "valid.jsonl").write_text("".join(rows.read_text().splitlines(True)[:7]), encoding="utf-8")
+    words = {"data.select.duplicates": True, "valid.path": tmp_path / "valid.jsonl", "steps": 1}
+    run_folder = tune(base, tmp_path / "twice.jsonl", tmp_path / "run", **words)
+    report = json.loads((run_folder / "selection.json").read_text())
+    assert (report["read"], report["kept"], report["dropped"]) == (80, 40, {"duplicates": 40})
+    assert "40 of 80 conversations kept; dropped: 40 duplicates" in caplog.text
+    assert "40 conversations in" in caplog.text
+    assert "7 of 7 held-out conversations ask nearly what training answers" in caplog.text
+    page = (run_folder / "report.html").read_text()
+    assert "Conversations dropped" in page
+    assert "twice.jsonl:41: like" in page
 
 
 def test_before_and_after_are_told(base: Path, rows: Path, tmp_path: Path) -> None:

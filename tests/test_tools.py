@@ -437,8 +437,9 @@ def test_rows_with_tools_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
         {"from": "observation", "value": "12"}, {"from": "gpt", "value": "12 degrees."},
     ], "tools": json.dumps([WEATHER["function"]])}  # fmt: skip
     openai = {"messages": DIALOG[1:], "tools": [WEATHER]}
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [sharegpt, openai])))
-    first, second = read_conversations(ChatSource(path=tmp_path / "rows.jsonl"))
+    for name, row in (("a", sharegpt), ("b", openai)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    first, second = read_conversations(ChatSource(path=tmp_path))
     assert first[1:] == second[1:]
     chat = ChatFormat(tokenizer, "llama3.1", date_string=DAY)
     rows = encode_conversations([first, second], chat, 4096, "all")
@@ -459,7 +460,7 @@ def test_rows_keep_what_messages_may_have(tmp_path: Path) -> None:
         {"role": "assistant", "content": "12", "train": False},
     ]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": said}), encoding="utf-8")
-    [(_, messages, _)] = read_conversations(ChatSource(path=tmp_path / "rows.jsonl"))
+    [(_, messages, *_)] = read_conversations(ChatSource(path=tmp_path / "rows.jsonl"))
     assert messages == [said[0], {"role": "assistant", "content": "", "tool_calls": said[1]["tool_calls"]}, *said[2:]]
     for turn in ({"role": "user", "content": {"t": 12}}, {"from": "gpt"}, {"value": "x"}, {"role": 1, "content": "x"}):
         with pytest.raises(DataError) as told:

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: found in its cache on this machine, fetched into it when asked.
+"""Models of the Hugging Face hub: found in its cache on this machine, fetched into it when asked. Data sets: found.
 
 Looking up never touches the network, and only `download` imports the library that does.
 """
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from puna.errors import CheckpointError, UsageError
 from puna.files import make_folder, require_space, write_text
@@ -59,9 +59,9 @@ def cache_folder() -> Path:
     return Path(os.path.expandvars(place)).expanduser()
 
 
-def find_cached(name: HubName) -> Path | None:
+def find_cached(name: HubName, kind: Literal["models", "datasets"] = "models") -> Path | None:
     """The snapshot of a branch, a tag or a whole commit hash, if the cache has it."""
-    home = _home(name)
+    home = _home(name, kind)
     try:
         commit = (home / "refs" / name.revision).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -187,5 +187,5 @@ def _explained(name: HubName) -> Iterator[None]:
         raise CheckpointError(what, where=name, cause=cause, fix=again) from error
 
 
-def _home(name: HubName) -> Path:
-    return cache_folder() / f"models--{name.repo.replace('/', '--')}"
+def _home(name: HubName, kind: str = "models") -> Path:
+    return cache_folder() / f"{kind}--{name.repo.replace('/', '--')}"

@@ -25,7 +25,8 @@ def _fields(found: _Found, prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             name = prefix + field.target.id
             yield name, tuple(_values(module, field.annotation))
-            for section in _sections(module, field.annotation):
+            named_by_user = ast.unparse(field.annotation).startswith("dict[")
+            for section in () if named_by_user else _sections(module, field.annotation):
                 yield from _fields(section, name + ".")
 
 

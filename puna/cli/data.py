@@ -1,5 +1,7 @@
 """`puna data`: look at what a model learns from."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,11 +18,12 @@ Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of toke
 
 def register(app: typer.Typer) -> None:
     data = typer.Typer(
-        help="Look at data: show shards or what an sft config trains, stats; pack encodes it ahead of training.",
+        help="Look at data: show shards or what an sft config trains, stats; pack encodes ahead; select drops.",
         no_args_is_help=True, cls=Verbs,
     )  # fmt: skip
     data.command("show")(show_data)
     data.command("pack")(pack_data)
+    data.command("select")(select_data)
     data.command("stats")(stats)
     app.add_typer(data, name="data")
 
@@ -107,7 +110,7 @@ def pack_data(
     from puna.tune.rows import encode, packed_as
 
     settings, found = _settings(config, words or []), {}
-    for name, source in (("data", settings.data), ("watch", settings.watch)):
+    for name, source in (("data", settings.data), ("valid", settings.valid), ("watch", settings.watch)):
         if name == "data" or given(source):
             found[name] = packed_as(settings, encode(settings, _tokenizer(settings.model), source, workers)[1])
     if as_json:
@@ -160,3 +163,55 @@ def _tokenizer(name: str | Path) -> Any:
     from puna.checkpoint.registry import load_tokenizer
 
     return load_tokenizer(name)
+
+
+def select_data(
+    source: Annotated[
+        str, typer.Argument(metavar="CONFIG|FILE", help="An sft config, or conversations: a file, folder or pattern.")
+    ],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Such as data.select.near_duplicates=0.8.", show_default=False),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="A .jsonl file for the conversations that are kept.")] = None,
+    as_json: bool = Json,
+) -> None:
+    """What data.select keeps and drops, and why."""
+    from puna.config import parse_words
+    from puna.data.conversations import read_conversations
+    from puna.recipes import CONFIGS, load
+
+    given, is_config = parse_words(words or []), source in CONFIGS or source.endswith((".yaml", ".yml"))
+    config: Any = load("sft", source if is_config else None, given if is_config else {"data.path": source, **given})
+    report: dict[str, Any] = {}
+    conversations = read_conversations(config.data, report)
+    if output is None:
+        for _ in conversations:
+            pass
+    else:
+        _write_conversations(conversations, output)
+    if as_json:
+        print_json(report)
+        return
+    _print_selection(report)
+
+
+def _write_conversations(conversations: Any, output: Path) -> None:
+    from puna.files import atomic_file
+
+    with atomic_file(output) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for conversation in conversations:
+            row = {"text": conversation.text} if conversation.text is not None else {"messages": conversation.messages}
+            row |= {"tools": conversation.tools} if conversation.tools else {}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _print_selection(report: dict[str, Any]) -> None:
+    print(f"{report['kept']:,} of {report['read']:,} conversations kept")
+    width = shutil.get_terminal_size().columns
+    for rule, count in report["dropped"].items():
+        print(f"\n{rule}: {count:,} dropped ({count / report['read']:.1%})")
+        for example in report["examples"][rule]:
+            why = example["why"].replace(f"{Path(example['where']).parent}/", "")
+            line = f"  {Path(example['where']).name}  {harmless(why)}"
+            print(line if len(line) <= width else f"{line[: width - 3]}...")

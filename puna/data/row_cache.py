@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from puna.data.conversations import ChatSource, read_conversations
+from puna.data.conversations import ChatSource, files_of, read_conversations
 from puna.data.dialogues import DIALOGUES
 from puna.data.encode import Chunk, Encoding, tell
 from puna.data.encoders import encode_in_order
@@ -81,8 +81,8 @@ def find_rows(source: ChatSource, encoding: Encoding, folder: Path, workers: int
 
 def data_files(source: ChatSource) -> list[Path]:
     """Every file that the source's conversations are read from."""
-    files = [source.path] if source.path is not None else []
-    for package in source.packages:
+    files = files_of(source)
+    for package in (package for part in (source, *source.sources.values()) for package in part.packages):
         files += sorted((DIALOGUES[package].require() / "data" / "english").glob("*.yml"))
     return files
 

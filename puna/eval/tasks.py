@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import NonNegativeInt, PositiveInt
 
 from puna.config import Config
-from puna.data.conversations import Tasks, problems
+from puna.data.problems import Tasks, problems
 from puna.infer.engine import Engine
 from puna.infer.llama import Llama
 from puna.infer.request import Event, Request

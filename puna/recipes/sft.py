@@ -11,7 +11,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from puna.config import Config as BaseConfig
 from puna.config import UserPath
-from puna.data.conversations import ChatSource, given
+from puna.data.conversations import ChatSource, given, passes
+from puna.data.leaks import tell_leaks
 from puna.data.packing import PackedLoader
 from puna.data.rows import Rows, split_rows
 from puna.dist.collectives import from_first, on_first, shared_run, stop_together, use_machine
@@ -32,7 +33,7 @@ from puna.train.fit import TrainConfig, check_training, fit
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
 from puna.tune.model import TunedModel, load_tuned, saver, tuned_tokenizer
-from puna.tune.rows import ChatRows, encode, steps_of, template_variables
+from puna.tune.rows import ChatRows, encode, steps_of, template_variables, write_selection
 
 
 # Own classes, not a changed default instance: `train.keep=3` builds the section anew from its class.
@@ -85,7 +86,11 @@ def main(config: Config) -> Path:
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
         tokenizer, rows = encode(config, tuned_tokenizer(config), config.data)
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
-        train, valid = split_rows(rows, config.valid_fraction)
+        apart = encode(config, tokenizer, config.valid)[1] if given(config.valid) else []
+        train, valid = split_rows(rows, 0 if apart else config.valid_fraction)
+        valid = apart or valid
+        from_first(write_selection, run.folder / "selection.json", config.data)
+        from_first(tell_leaks, train, valid)
         check_training(config.train, config.device, held_out=bool(valid))
         use_machine(run)
         base = load_tuned(config, template_variables(config))
@@ -95,7 +100,7 @@ def main(config: Config) -> Path:
             train = train.joined(Rows.of([Encoded(*row) for row in run.once("rehearsal", own)]))
         shape = {"seq_len": config.seq_len, "batch_size": config.batch_size, "packed": config.packed}
         packed = partial(PackedLoader, **shape, pad_id=tokenizer.eos_id)
-        batches = packed(train, seed=config.seed)
+        batches = packed(train, seed=config.seed, passes=passes(config.data))
         what = f"{len(train)} conversations in {len(batches.packs)} rows of {config.seq_len} ids"
         log.info("%s, %d held out", what, len(valid))
         steps = config.steps

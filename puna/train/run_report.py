@@ -43,6 +43,8 @@ def run_sections(folder: Path) -> list[Section]:
     sections: list[Section] = []
     if tasks := result.get("tasks"):
         sections.append(_tasks(tasks, read_yaml(folder / "resolved.yaml")["judge"]))
+    if (folder / "selection.json").exists():
+        sections.append(_selection(_json(folder / "selection.json")))
     if read_yaml(folder / "resolved.yaml")["recipe"] == "pretrain":
         sections += _pretraining(rows, trained)
     else:
@@ -88,6 +90,16 @@ def _tasks(rows: list[dict[str, Any]], judge: Any) -> Table:
         "The gain is over the better of the model before and always giving the most frequent answer; 95 % intervals."
     )
     return Table("Accuracy before and after", ["task", shots, "most frequent answer", "after", "gain"], cells, note)
+
+
+def _selection(report: dict[str, Any]) -> Table:
+    cells = [
+        [rule, count, round(100 * count / report["read"], 1), "; ".join(f"{e['where']}: {e['why']}" for e in examples)]
+        for rule, count in report["dropped"].items()
+        for examples in [report["examples"][rule][:3]]
+    ]
+    note = f"{report['kept']:,} of {report['read']:,} conversations kept; all examples in selection.json."
+    return Table("Conversations dropped", ["rule", "dropped", "percent", "for example"], cells, note)
 
 
 def _pretraining(rows: list[dict[str, Any]], trained: list[dict[str, Any]]) -> list[Section]:

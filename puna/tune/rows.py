@@ -2,19 +2,22 @@
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, PositiveInt
 
 from puna.config import RecipeConfig, UserPath
-from puna.data.conversations import ChatSource
+from puna.data.conversations import ChatSource, read_conversations
 from puna.data.encode import Encoding, TooLong
 from puna.data.packing import PackedLoader
 from puna.data.packs import pack_rows
+from puna.data.quality.config import SelectConfig
 from puna.data.row_cache import find_rows
 from puna.data.rows import Rows, split_rows
 from puna.dist.collectives import from_first
+from puna.files import write_json
 from puna.packages import cache
 from puna.tokenizer.chat.format import ChatFormat, Train
 from puna.tokenizer.tokenizer import Tokenizer
@@ -24,6 +27,8 @@ class ChatRows(RecipeConfig):
     """The part of a recipe's config that says what is learned from."""
 
     data: ChatSource = ChatSource()
+    valid: ChatSource = ChatSource()
+    """Conversations to measure the loss on, if they lie apart; then valid_fraction takes none of `data`."""
     template: str | None = None
     """llama2, llama3, llama3.1, llama3.2, llama3.2-pythonic, llama3.3 or chatml; null takes the model's own."""
     date_string: str = "26 Jul 2024"
@@ -31,7 +36,8 @@ class ChatRows(RecipeConfig):
     variables: dict[str, Annotated[bool | str | list[str], Field(union_mode="left_to_right")]] = {}
     """What else the template asks for: `builtin_tools: [brave_search, code_interpreter]`, say, of Llama 3.1."""
     train_on: Train = "all"
-    """all: every assistant message; last: the last one of each conversation."""
+    """all: every assistant message; last: the last one of each conversation; [assistant, user]: all of these roles
+    (also system and tool), to learn how the others speak. A message with `train: false` never is."""
     seq_len: int = Field(default=512, ge=2)
     """Ids in a row. Higher: fewer conversations are too long; costs memory, and time in attention."""
     too_long: TooLong = "cut"
@@ -88,3 +94,15 @@ def steps_of(epochs: float, batches: PackedLoader, accumulate: int) -> int:
 def template_variables(config: ChatRows) -> dict[str, Any]:
     """What the chat template may ask for."""
     return {"date_string": config.date_string, **config.variables}
+
+
+def write_selection(path: Path, source: ChatSource) -> None:
+    """What `select` kept and dropped of the source, once, in `path`; nothing where it drops nothing.
+
+    It reads the conversations again: the ids of an earlier run may have been found without reading any.
+    """
+    if source.select != SelectConfig() and not path.exists():
+        report: dict[str, Any] = {}
+        for _ in read_conversations(source, report):
+            pass
+        write_json(path, report)

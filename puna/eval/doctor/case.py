@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from puna.checkpoint.names import to_hf_config
-from puna.data.conversations import SUFFIXES as CHAT_SUFFIXES
 from puna.data.conversations import ChatSource, Conversation, read_conversations
 from puna.data.documents import SourceConfig, read_documents
 from puna.data.loader import Batch, TokenLoader
 from puna.data.packing import PackedLoader
+from puna.data.row_files import SUFFIXES as ROW_SUFFIXES
 from puna.data.shards import INDEX, Shards, ShardWriter, read_index, write_index
 from puna.errors import DataError, UsageError
 from puna.infer.llama import Llama, load
@@ -199,14 +199,9 @@ def _read(case: Case, data: Path, template: str | None, rows: int) -> None:
 
 def _conversational(data: Path) -> bool:
     """Whether the first row of the file is a conversation."""
-    if not data.name.endswith(CHAT_SUFFIXES):
+    if not data.name.lower().endswith(ROW_SUFFIXES):
         return False
-    try:
-        return bool(list(read_conversations(ChatSource(path=data, limit=1))))
-    except DataError as error:
-        if "found: " in str(error) and "text" in str(error):  # another column than a conversation's: plain text
-            return False
-        raise
+    return any(c.text is None for c in read_conversations(ChatSource(path=data, limit=1)))
 
 
 def _pieces(text: str, count: int) -> Iterator[str]:

@@ -22,7 +22,10 @@ from puna.tokenizer.chat.sandbox import ChatTemplate, compiled
 from puna.tokenizer.chat.tools import CODE, read_calls
 from puna.tokenizer.tokenizer import Tokenizer
 
-Train = Literal["all", "last"]
+Role = Literal["assistant", "user", "system", "tool"]
+Train = Literal["all", "last"] | tuple[Role, ...]
+"""Every message of the assistant, the last one, or every message of these roles."""
+_ROLE = {"ipython": "tool"}
 _PYTHON_TAG = "<|python_tag|>"
 _MOST_CONTROL_TOKENS = 60_000  # each has a private-use character; the last ones of the plane are marks
 _CONTROL = re.compile(r"<\|[a-z_]{1,40}\|>")
@@ -69,17 +72,20 @@ class ChatFormat:
         """The whole conversation; trained are the assistant's words and calls and the token that ends its turn.
 
         Every trained stretch is encoded apart from what precedes it, as generation meets it. `train`: every
-        assistant message, or the last alone; a message with `"train": False` is never trained.
+        assistant message, the last alone, or those of some roles, others' with what marks their turns; a message with
+        `"train": False` is never trained.
 
         Raises:
-            DataError: a bad message, or a template that drops one or rewrites earlier turns when later ones come.
+            DataError: a bad message, a template that drops one or rewrites earlier turns when later ones come, or one
+            that writes a message into another of which only one is to be trained.
         """
-        turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
-        wanted = set(turns if train == "all" else turns[-1:])
-        encoded = Encoded([], [])
-        for ids, answer in self._encoded(self._stretches(messages, tools, add_generation_prompt=False)):
+        roles = ("assistant",) if isinstance(train, str) else train
+        wanted = [i for i, m in enumerate(messages) if _ROLE.get(str(m.get("role")), m.get("role")) in roles]
+        wanted = {i for i in (wanted[-1:] if train == "last" else wanted) if messages[i].get("train", True)}
+        encoded, others = Encoded([], []), None if isinstance(train, str) else wanted
+        for ids, number in self._encoded(self._stretches(messages, tools, False, others)):
             encoded.ids.extend(ids)
-            encoded.trained.extend([answer in wanted and bool(messages[answer].get("train", True))] * len(ids))
+            encoded.trained.extend([number in wanted] * len(ids))
         return encoded
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> list[int]:
@@ -145,10 +151,23 @@ class ChatFormat:
             raise DataError(error.what, where=self.tokenizer.where) from None
 
     def _stretches(
-        self, messages: Sequence[Message], tools: Sequence[Tool] | None, add_generation_prompt: bool
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        add_generation_prompt: bool,
+        wanted: set[int] | None = None,
     ) -> Iterator[tuple[str, int]]:
-        """The rendered conversation in pieces: (text, the assistant message it is, or -1)."""
-        plain, offered, done = plain_messages(messages), plain_tools(tools), ""
+        """The rendered conversation in pieces: (text, the assistant message it is, or -1).
+
+        With `wanted` other messages have pieces and numbers too.
+        """
+        plain, offered, done, told = plain_messages(messages), plain_tools(tools), "", 0
+
+        def between(text: str, end: int) -> Iterator[tuple[str, int]]:
+            if wanted is None:
+                return iter([(text[len(done) :], -1)])
+            return self._by_message(plain, offered, range(told, end), done, text, wanted)
+
         self._refuse_tags(plain)
         for i in (i for i, m in enumerate(plain) if m["role"] == "assistant"):
             prompt, full = self._render(plain[:i], offered, True), self._render(plain[: i + 1], offered, False)
@@ -156,13 +175,37 @@ class ChatFormat:
                 why = "the template rewrites earlier turns, so what is trained would not be what is served"
                 raise DataError(why, where=self.tokenizer.where)
             answer, after = self._cut_after_turn(full[len(prompt) :])
-            yield from ((prompt[len(done) :], -1), (answer, i), (after, -1))
-            done = full
+            yield from (*between(prompt, i), (answer, i), (after, -1))
+            done, told = full, i + 1
         rest = self._render(plain, offered, add_generation_prompt)
         if not rest.startswith(done):
             raise DataError("the template rewrites earlier turns", where=self.tokenizer.where)
         self._check_faithful(plain, offered, rest, add_generation_prompt)
-        yield rest[len(done) :], -1
+        yield from between(rest, len(plain))
+
+    def _by_message(
+        self, plain: list[dict[str, Any]], offered: Any, numbers: range, done: str, text: str, wanted: set[int]
+    ) -> Iterator[tuple[str, int]]:
+        """The part of `text` after `done`, message by message; what no message explains, such as the next turn's
+        beginning, is at -1."""
+        within = numbers[:0]  # messages that the template writes only when the next one comes
+        for number in numbers:
+            within = range(within.start if within else number, number + 1)
+            try:
+                upto = self._render(plain[: number + 1], offered, False)
+            except DataError:  # a template may refuse what no one has answered yet
+                continue
+            if not (upto.startswith(done) and text.startswith(upto)) or len({i in wanted for i in within}) > 1:
+                within = range(within.start, numbers.stop)
+                break
+            if upto != done:
+                yield upto[len(done) :], number
+                done, within = upto, numbers[:0]
+        if wanted.intersection(within):
+            roles = " and ".join(sorted({str(plain[i]["role"]) for i in within}))
+            why = f"the template does not write {roles} apart, so neither can be trained alone"
+            raise DataError(why, where=self.tokenizer.where, fix="train_on=all, or both roles or none of them")
+        yield text[len(done) :], -1
 
     def _encoded(self, stretches: Iterable[tuple[str, int]]) -> Iterator[tuple[list[int], int]]:
         """Each stretch as ids. What a text follows decides on SentencePiece's leading space, not where it was cut."""
