@@ -82,7 +82,7 @@ def merge(
     from puna.checkpoint.registry import find_model
     from puna.files import as_path
     from puna.infer.llama import load
-    from puna.lineage import lineage, parent
+    from puna.lineage import lineage, parent, read_lineage
     from puna.lora import lora_parameters, merge_lora
 
     target = as_path(target)
@@ -94,7 +94,8 @@ def merge(
         raise UsageError("this is no adapter: there is nothing to merge", where=adapter, fix="use it as it is")
     merge_lora(llama.model)
     base = base_of(llama.path)
-    made_from = lineage("merge", [llama.path, parent(base, find_model(base))])
+    told = {key: value for key, value in read_lineage(llama.path).items() if key == "trained_for"}  # for quantize
+    made_from = lineage("merge", [llama.path, parent(base, find_model(base))], **told)
     llama.save(target, dtype=save_dtype, made_from=made_from)
     print(target)
 

@@ -17,6 +17,7 @@ from puna.data.packing import PackedLoader, split_rows
 from puna.dist.collectives import from_first, on_first
 from puna.dist.fsdp import shard
 from puna.dist.shared import shared_run, stop_together, use_machine
+from puna.errors import UsageError
 from puna.eval.conversations import mean_loss, replies
 from puna.eval.tasks import TaskConfig, check_tasks, compare, evaluate_tasks
 from puna.files import atomic_folder, write_json
@@ -28,11 +29,13 @@ from puna.ranks import rank
 from puna.run_folder import Run
 from puna.tokenizer.chat.format import Encoded, has_template
 from puna.train.compile import compile_blocks
-from puna.train.fit import TrainConfig, fit
+from puna.train.distill import DistillConfig
+from puna.train.fit import Objective, TrainConfig, fit
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
-from puna.tune.model import TunedModel, load_tuned, saver
+from puna.tune.model import TunedModel, check_tuned, load_tuned, saver, trained_for
 from puna.tune.rows import ChatRows, encode, template_variables
+from puna.tune.teacher import check_teacher, distillation, load_teacher
 
 
 # Own classes, not a changed default instance: `train.keep=3` builds the section anew from its class.
@@ -70,16 +73,25 @@ class Config(TunedModel, ChatRows):
     judge: TaskConfig = TaskConfig()
     """Tasks to measure before and after: before with solved examples and against the majority answer."""
     samples: SampleConfig = SampleConfig()
+    distill: DistillConfig | None = None
+    """A teacher to learn from, beside the rows' own words; null: none."""
     compile: bool = False
     """Compile what lies around attention (torch.compile): worth it above some minutes of training."""
     train: Training = Training()
 
 
-def main(config: Config) -> Path:
-    """Train on packed conversations and write `final/`. Run again after an interruption, it goes on."""
+def main(config: Config, objective: Objective | None = None) -> Path:
+    """Train on packed conversations and write `final/`. Run again after an interruption, it goes on.
+
+    Args:
+        objective: what is minimised instead of the words' own loss (docs/objectives.md).
+    """
+    _check(config, objective)
     with shared_run(config) as run:
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
         tokenizer, rows = encode(config, load_tokenizer(config.model), config.data)
+        if config.distill:
+            check_teacher(config.distill, tokenizer)
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
         use_machine(run)
         base = load_tuned(config, template_variables(config))
@@ -95,7 +107,12 @@ def main(config: Config) -> Path:
         named = {"valid_loss": valid, "watched_loss": watched}
         held_out = {name: packed(rows, seed=0) for name, rows in named.items() if rows}
         parents, asked = [parent(config.model, base.path)], config.model_dump(mode="json")
-        made_from = lineage("sft", parents, config=asked, data=batches.fingerprint)
+        minimised = objective or next_token
+        if config.distill:
+            teacher = load_teacher(config.distill, config.dtype, config.device)
+            parents.append(parent(config.distill.teacher, teacher.path))
+            minimised = distillation(teacher, config.distill)
+        made_from = lineage("sft", parents, config=asked, data=batches.fingerprint, **trained_for(config))
         save = saver(config, llama)
         evaluate = partial(_evaluate, run=run, llama=llama, config=config, held_out=held_out)
         before = run.once("judged", partial(_judge, base if has_template(base.tokenizer) else llama, config.judge))
@@ -108,7 +125,7 @@ def main(config: Config) -> Path:
         # Of dropout: what was drawn until here differs between a start and a resume.
         torch.manual_seed(config.seed + rank())
         saved = partial(save, lineage=made_from)
-        state = fit(run, llama.model, batches, next_token, config.train, config.steps, evaluate, saved)
+        state = fit(run, llama.model, batches, minimised, config.train, config.steps, evaluate, saved)
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
         # Of each loss the last one stays.
         result |= from_first(lambda: {k: row[k] for row in run.metrics.read() for k in held_out if k in row})
@@ -121,6 +138,15 @@ def main(config: Config) -> Path:
             save(folder, lineage={**made_from, "metrics": result})
     log.info("tuned in %s: %s", clock(state.seconds), run.final)
     return config.output
+
+
+def _check(config: Config, objective: Objective | None) -> None:
+    """Refuse what cannot go together, before anything is read."""
+    check_tuned(config)
+    if config.qat and config.compile:
+        raise UsageError("qat with compile", cause="its products are native calls already", fix="compile=false")
+    if config.distill and objective:
+        raise UsageError("distill is an objective, and another one is given", fix="distill=null")
 
 
 def _evaluate(
