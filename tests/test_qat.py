@@ -1,26 +1,36 @@
 """Training under rounding: what is trained is what `puna quantize` writes, with an adapter or without."""
 
+# ruff: noqa: F811 (a fixture that is imported)
+
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import puna_forked
+from test_methods import conversations, models, words_of  # noqa: F401 (a fixture)
 from test_model import build
-from test_quantize import IDS, TIED, UNTIED
-from test_sft import base, rows, tune  # noqa: F401 (fixtures)
+from test_quantize import IDS, TEXT, TIED, UNTIED
 
+import puna
 from puna.data.loader import Batch
 from puna.errors import UsageError
+from puna.eval.certificate import quantize
 from puna.lora import LoraConfig, add_lora, lora_layers, lora_parameters, merge_lora
 from puna.model.config import ModelConfig
 from puna.model.transformer import Transformer
 from puna.ops.packed import dequantize
+from puna.ops.packed_layers import packed_layers
 from puna.quant.qat import QatConfig, qat_plan, round_layers, round_rows, rounded_linear, rounded_linear_eager
 from puna.quant.qat import rounded_product as product
 from puna.quant.quantize import pack_layers, quantize_model
 from puna.quant.schemes import Kind, scheme, scheme_for, trained_scheme
+from puna.recipes import run, sft
 from puna.train.objectives import next_token
+from puna.tune.model import load_tuned
 
 
 def born(config: ModelConfig) -> Transformer:
@@ -158,3 +168,56 @@ def test_the_scheme_trained_for_is_taken(caplog: pytest.LogCaptureFixture) -> No
     assert scheme_for({"scheme": "int8-int4", "group": [7]}, "int8-int4", None) == scheme("int8-int4")
     with pytest.raises(UsageError, match="no scheme"):
         scheme_for(told, "int5", None)
+
+
+def tuned(method: str, models: Path, folder: Path, **more: Any) -> Path:
+    """Four steps at a high rate, through the recipe."""
+    words = words_of(method, models, conversations(folder / "rows.jsonl"), folder / "run", dtype="fp32", **more)
+    return run("sft", **words, **{"train.optimizer.lr": 0.01, "train.optimizer.warmup_steps": 1})
+
+
+@pytest.mark.parametrize("method", ["qat", "qat+lora"])
+def test_trained_quantized_and_served_say_the_same(
+    method: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained under one rounding and shipped under another: merged, quantized by the command line, loaded as stored."""
+    held: list[Any] = []
+    monkeypatch.setattr(sft, "load_tuned", lambda *given: held.append(load_tuned(*given)) or held[0])
+    final = tuned(method, models, tmp_path, **{"qat.group": 32, "save_dtype": "bf16"}) / "final"
+    with torch.no_grad():
+        for name, parameter in held[0].model.named_parameters():
+            if "_proj" not in name:  # saved in bf16, as without qat
+                parameter.copy_(parameter.bfloat16())
+        expected = held[0].model.eval()(IDS.clamp(max=599))
+    source, calls = final, []
+    if method == "qat+lora":
+        source = tmp_path / "merged"
+        calls.append(["merge", final, source])
+    calls.append(["quantize", source, tmp_path / "q", "--scheme", "int8-int4", "--json"])
+    done = puna_forked(calls, tmp_path)
+    assert [call.returncode for call in done] == [0] * len(calls), done[-1].stderr
+    certificate = json.loads(done[-1].stdout)
+    assert (certificate["group"], certificate["as_trained"]) == (32, True)
+    served = puna.load(tmp_path / "q", dtype="fp32", packed=True)
+    logits = served.logits(IDS.clamp(max=599))
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert len(packed_layers(served.model)) == 15
+    assert json.loads((source / "puna.json").read_text())["trained_for"] == {"scheme": "int8-int4", "group": 32}
+    with pytest.raises(UsageError, match="calibration rounds elsewhere"):
+        quantize(source, tmp_path / "c", "int8-int4", text=TEXT, calibration=TEXT)
+
+
+def test_pairs_that_exclude_each_other_are_refused(models: Path, tmp_path: Path) -> None:
+    """Told after the model was loaded, or not at all: dropout that is not drawn, a compiled model that is not."""
+    for more, told in (
+        ({"qat.group": 32, "lora.dropout": 0.1}, "lora.dropout"),
+        ({"qat.scheme": "int4", "qat.group": 256}, "no groups of 256"),
+        ({"qat.group": 48}, "no groups of 48"),
+        ({"qat.group": 32, "compile": True}, "compile"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            run("sft", model="nowhere", output=tmp_path / "run", **more)
+    assert not (tmp_path / "run").exists()
+    data = conversations(tmp_path / "rows.jsonl")
+    with pytest.raises(UsageError, match="not whole groups of 128"):
+        run("sft", **words_of("qat", models, data, tmp_path / "run", **{"qat.group": 128}))

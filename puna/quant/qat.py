@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -29,8 +30,9 @@ class QatConfig(Config):
 
     scheme: Literal["int8-int4", "int4"] = "int8-int4"
     """int8-int4: what enters a product is rounded to 8 bits too: faster where int8 products are, a little worse."""
-    group: Literal[32, 64, 128, 256] = 32
-    """Weights that share a scale. Larger: a smaller model (4.5 bits a weight at 32, 4.06 at 256), coarser steps."""
+    group: PositiveInt = 32
+    """Weights that share a scale: 32, 64, 128, or 256 (of int8-int4). Larger: a smaller model (4.5 bits a weight at 32,
+    4.06 at 256), coarser steps."""
 
 
 def qat_plan(model: Transformer, config: QatConfig) -> dict[str, Kind]:

@@ -112,7 +112,8 @@ def main(config: Config, objective: Objective | None = None) -> Path:
             teacher = load_teacher(config.distill, config.dtype, config.device)
             parents.append(parent(config.distill.teacher, teacher.path))
             minimised = distillation(teacher, config.distill)
-        made_from = lineage("sft", parents, config=asked, data=batches.fingerprint, **trained_for(config))
+        told = {"objective": f"{objective.__module__}.{objective.__qualname__}"} if objective else {}
+        made_from = lineage("sft", parents, config=asked, data=batches.fingerprint, **trained_for(config), **told)
         save = saver(config, llama)
         evaluate = partial(_evaluate, run=run, llama=llama, config=config, held_out=held_out)
         before = run.once("judged", partial(_judge, base if has_template(base.tokenizer) else llama, config.judge))

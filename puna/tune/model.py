@@ -14,6 +14,7 @@ from puna.infer.llama import Llama, load
 from puna.log import log
 from puna.lora import LoraConfig, add_lora, lora_layers, lora_parameters
 from puna.quant.qat import QatConfig, qat_plan, round_layers, rounded_product
+from puna.quant.schemes import SCHEMES
 
 
 class TunedModel(RecipeConfig):
@@ -39,8 +40,9 @@ def check_tuned(config: TunedModel) -> None:
             "qat with lora.dropout", cause="base and adapter are rounded as one weight, so there is one input to both",
             fix="lora.dropout=0",
         )  # fmt: skip
-    if config.qat and config.qat.scheme == "int4" and config.qat.group == 256:
-        raise UsageError("qat.scheme=int4 has no groups of 256", fix="qat.group=128, or qat.scheme=int8-int4")
+    if config.qat and config.qat.group not in (groups := SCHEMES[config.qat.scheme].groups):
+        listed = ", ".join(map(str, groups))
+        raise UsageError(f"qat.scheme={config.qat.scheme} has no groups of {config.qat.group}", fix=f"one of: {listed}")
 
 
 def trained_for(config: TunedModel) -> dict[str, Any]:
