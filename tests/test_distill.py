@@ -1,17 +1,29 @@
 """Distillation: gradients by the formula, and what a teacher has to be."""
 
+# ruff: noqa: F811 (a fixture that is imported)
+
+import json
 import math
+from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
+from test_methods import SHAPE, conversations, models, words_of  # noqa: F401 (a fixture)
 from test_model import build
-from test_quantize import UNTIED
+from test_quantize import TEXT, UNTIED
 from torch import Tensor
 
+from puna.checkpoint.model_directory import save_model
 from puna.data.loader import Batch
+from puna.errors import UsageError
+from puna.eval.certificate import quantize
+from puna.log import Metrics
 from puna.ops.cross_entropy import IGNORE
 from puna.ops.divergence import Divergence, Mix, linear_distillation, linear_distillation_eager
 from puna.quant.quantize import quantize_model
+from puna.recipes import run, sft
+from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.distill import DistillConfig, distill
 from puna.train.objectives import next_token
 
@@ -143,3 +155,33 @@ def test_what_a_config_may_say() -> None:
     for odd in ({"ratio": 50}, {"ratio": -0.1}, {"temperature": 0}, {"divergence": "kl"}):
         with pytest.raises(ValueError, match=next(iter(odd))):
             DistillConfig.model_validate({"teacher": "x", **odd})
+
+
+def test_a_run_that_is_taught(models: Path, tmp_path: Path) -> None:
+    """Of a quantized teacher, too: both parts are told, the gap is between like losses, and the teacher is a parent."""
+    quantize(models / "teacher", tmp_path / "teacher", "int8", text=TEXT, prompts=["a"], max_tokens=1)
+    words = words_of("kd", models, conversations(tmp_path / "rows.jsonl"), tmp_path / "run", dtype="fp32")
+    words |= {"distill.teacher": tmp_path / "teacher", "valid_fraction": 0.2, "distill.ratio": 0.25}
+    rows = Metrics(run("sft", **words) / "metrics.jsonl").read()
+    steps = [row for row in rows if "lr" in row]
+    for row in steps:
+        assert row["loss"] == pytest.approx(0.75 * row["cross_entropy"] + 0.25 * row["divergence"], rel=1e-6)
+    (last,) = (row for row in rows if "gap" in row and row["step"] == 4)
+    assert last["train_loss"] == pytest.approx(fmean(row["cross_entropy"] for row in steps), rel=1e-6)
+    made_from = json.loads((tmp_path / "run/final/puna.json").read_text())
+    assert [parent["path"] for parent in made_from["parents"]] == [words["model"], str(tmp_path / "teacher")]
+    assert all(parent["fingerprint"] for parent in made_from["parents"])
+
+
+def test_a_teacher_of_other_ids_is_refused(
+    models: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its probabilities would be those of other words; and no weight is read to find that out."""
+    other = run("tokenizer", **{"output": tmp_path / "bpe", "vocab_size": 590, "sources.path": texts})
+    (tmp_path / "other").mkdir()
+    save_model(tmp_path / "other", build(SHAPE, seed=1), Tokenizer(other), "fp32", {})
+    words = words_of("kd", models, conversations(tmp_path / "rows.jsonl"), tmp_path / "run")
+    monkeypatch.setattr(sft, "load_tuned", lambda *_: pytest.fail("the student was loaded"))
+    monkeypatch.setattr(sft, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    with pytest.raises(UsageError, match="another tokenizer than the student"):
+        run("sft", **{**words, "distill.teacher": tmp_path / "other"})
