@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora.rank": 3},
     "dora": {"lora.rank": 3, "lora.dora": True},
     "qat": {"lora": None, "qat.group": 32},
+    "qat, untied": {"lora": None, "qat.group": 32, "model": "TEACHER"},
     "qat+lora": {"lora.rank": 3, "qat.group": 32},
     "kd": {"lora": None, "distill.teacher": "TEACHER", "distill.divergence": "symmetric"},
     "kd+lora": {"lora.rank": 3, "distill.teacher": "TEACHER", "distill.temperature": 2.0},

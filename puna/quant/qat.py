@@ -118,10 +118,10 @@ class _Head(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(vocab, dim)."""
+        """(vocab, dim); while it is this rank's part alone, which FSDP looks for here, that part."""
         weight = self._parameters["weight"]
         assert weight is not None
-        return rounded_weight(weight, self.kind, self.stored)
+        return weight if hasattr(weight, "full_tensor") else rounded_weight(weight, self.kind, self.stored)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., dim), rounded already -> (..., vocab)."""
