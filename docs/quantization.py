@@ -134,11 +134,13 @@ puna merge runs/sft merged                                                   # o
 puna quantize runs/sft small --scheme int8-int4                              # the group and scales of training
 ```
 
-`qat` trains under the rounding (Llama 3.2's `int8-int4`, or `int4`): each forward computes the products of the quantized
-model, and gradients pass straight through. With an adapter the sum of base and adapter is rounded, so merging and
-quantizing gives what was trained. Start from a model that is tuned already; a step takes two to three times as long.
-`puna.json` says `trained_for`, and `quantize` rounds by it: the scale of a group is that of its extreme, since the search
-for the best of 26 took 118 ms for 885,000 weights where a training step of that layer took 58 and this takes 9. The saved
+`qat` trains under the rounding (Llama 3.2's `int8-int4`, or `int4`): each forward computes the products of the
+quantized model, and gradients pass straight through. With an adapter the sum of base and adapter is rounded, so merging
+and quantizing gives what was trained. Start from a model that is tuned already; a step takes two to three times as
+long.
+
+`puna.json` says `trained_for`, and `quantize` rounds by it. The scale of a group is that of its extreme: the search for
+the best of 26 took 118 ms for 885,000 weights where a training step of their layer took 58, and this takes 9. The saved
 weights are not rounded; GGUF's Q4_0 has the same scales at groups of 32. An adapter that is run without merging is not
 rounded.
 """
