@@ -125,6 +125,24 @@ reads one row of it and transformers cannot open packed ones; `--compact` packs 
 A GGUF of Q8_0, Q4_0 or Q4_1 blocks is computed in as it lies by `chat`, `generate` and `eval`, and by
 `puna.load(file, packed=True)`. Training and `convert` dequantize. An adapter trains over packed weights
 (`puna.load(..., packed=True)`, then LoRA), and merges onto dequantized ones: `puna merge`.
+
+## Trained to be quantized
+
+```
+puna run sft model=my-model data.path=rows.jsonl lora=null qat.group=32      # every weight; or with the default adapter
+puna merge runs/sft merged                                                   # of an adapter alone
+puna quantize runs/sft small --scheme int8-int4                              # the group and scales of training
+```
+
+`qat` trains under the rounding (Llama 3.2's `int8-int4`, or `int4`): each forward computes the products of the
+quantized model, and gradients pass straight through. With an adapter the sum of base and adapter is rounded, so merging
+and quantizing gives what was trained. Start from a model that is tuned already; a step takes two to three times as
+long.
+
+`puna.json` says `trained_for`, and `quantize` rounds by it. The scale of a group is that of its extreme: the search for
+the best of 26 took 118 ms for 885,000 weights where a training step of their layer took 58, and this takes 9. The saved
+weights are not rounded; GGUF's Q4_0 has the same scales at groups of 32. An adapter that is run without merging is not
+rounded.
 """
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import torch
@@ -61,6 +61,8 @@ class LoraLinear(nn.Module):
     def __init__(self, base: AnyLinear, rank: int, scale: float, dropout: float = 0.0, dora: bool = False):
         super().__init__()
         self.base, self.scale, self.dropout = base, scale, dropout
+        self.product: Callable[[Tensor, Tensor], Tensor] | None = None
+        """(x, whole weight) -> (..., out), in place of base and adapter apart: of a weight that is rounded whole."""
         with torch.device(_matrix(base).device):
             self.lora_A = Linear(base.in_features, rank)
             self.lora_B = Linear(rank, base.out_features)
@@ -70,6 +72,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out). The adapter computes in x's dtype, whatever it is stored in."""
+        if self.product is not None:
+            return self.product(x, self.full_weight())
         stretch = self._stretch()
         if self.dropout and self.training:
             dropped = F.dropout(x, self.dropout)
@@ -100,9 +104,8 @@ class LoraLinear(nn.Module):
         self.base.weight.copy_(self.full_weight())
         return self.base
 
-    @torch.no_grad()
     def full_weight(self) -> Tensor:
-        """The base weight with the adapter in it, (out, in), in fp32 at least."""
+        """The base weight with the adapter in it, (out, in), in fp32 at least; gradients flow to the adapter."""
         stretch, weight = self._stretch(), self._sum()
         return weight if stretch is None else stretch[:, None] * weight
 

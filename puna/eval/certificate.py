@@ -25,7 +25,7 @@ from puna.model.config import count_parameters
 from puna.ops.packed_layers import packed_layers
 from puna.quant.gptq import gptq
 from puna.quant.quantize import pack_layers, planned
-from puna.quant.schemes import Kind, scheme
+from puna.quant.schemes import Kind, scheme, scheme_for
 
 CERTIFICATE = "certificate.json"
 _CALIBRATION = 8192  # ids: some ten for each input of a small model, and minutes instead of hours for a large one
@@ -41,7 +41,7 @@ def quantize(
 
     Args:
         name: of the scheme, a row of SCHEMES.
-        group: weights that share a scale, instead of the scheme's own number.
+        group: weights that share a scale; by default what the model was trained for, or the scheme's own number.
         compact: the embedding in 8 bits, too (see `scheme`).
         text: for the perplexities.
         prompts: for the answers and logits.
@@ -55,11 +55,17 @@ def quantize(
         UsageError: `target` exists or has the name of a file, or a scheme that the model cannot have.
         CheckpointError: no model. ResourceError: memory does not hold its weights in fp32.
     """
-    target, to = as_path(target), scheme(name, group, compact)
+    target = as_path(target)
+    scheme(name, group, compact)  # what it does not have is told before anything is read
     check_folder_name(target)
     if target.exists():
         raise UsageError("exists already", where=target, fix="another folder, or remove that one first")
     stored = open_model(found := find_model(source))
+    to = scheme_for(stored.lineage.get("trained_for"), name, group, compact)
+    if calibration and not to.linears.searched:
+        raise UsageError(
+            "calibration rounds elsewhere than the model was trained for", where=source, fix="without --calibrate"
+        )
     parameters = count_parameters(stored.config)  # of a tied head once
     require_memory(4 * parameters, choose_device())
     if stored.quantized:
@@ -72,6 +78,7 @@ def quantize(
     _round(before, plan, calibration)
     told = {
         "scheme": name, "group": to.linears.group, "compact": compact, "calibrated": bool(calibration),
+        "as_trained": not to.linears.searched,
         "storage": stored.storage, "torch": torch.__version__, "max_tokens": max_tokens,
         "sha256": {"text": _hash(text), "calibration": _hash(calibration), "prompts": _hash(json.dumps(list(prompts)))},
     }  # fmt: skip

@@ -1,14 +1,15 @@
 """What each layer of a model is rounded to, as rows: a kind for the linears of the blocks, one for the head."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from puna.config import nearest
 from puna.errors import UsageError
+from puna.log import log
 from puna.ops.packed import Activations, Packed
 from puna.quant.nf4 import BLOCK, round_nf4, with_nested_scales
-from puna.quant.rounding import round_symmetric
+from puna.quant.rounding import extreme_scale, round_symmetric, searched_scale
 
 
 class Kind(NamedTuple):
@@ -20,13 +21,17 @@ class Kind(NamedTuple):
     nf4: bool = False
     nested: bool = False
     """Whether the scales are in 8 bits, too (of nf4)."""
+    searched: bool = True
+    """Whether a group's scale is the best of many. Training under this rounding takes the extreme's instead: a search
+    at every step would take longer than the step, and what is trained makes up for it."""
 
     def pack(self, weight: Tensor) -> Packed:
         """(out, in) -> the nearest weight of this kind."""
         if self.nf4:
             packed = round_nf4(weight)
             return with_nested_scales(packed) if self.nested else packed
-        return round_symmetric(weight, self.bits, self.group or weight.shape[1], self.activations)
+        scale_of = searched_scale if self.searched else extreme_scale
+        return round_symmetric(weight, self.bits, self.group or weight.shape[1], self.activations, scale_of)
 
     def problem(self, columns: int) -> str:
         """Why a weight with that many columns cannot be stored so; empty if it can."""
@@ -82,3 +87,31 @@ def scheme(name: str, group: int | None = None, compact: bool = False) -> Scheme
         raise UsageError(f"{name} leaves the embedding as it is", where="--compact", fix="int8, int4 or int8-int4")
     linears = found.linears if group is None else found.linears._replace(group=group)
     return found._replace(linears=linears, embedding=_ROW if compact else None)
+
+
+def trained_scheme(name: str, group: int) -> Scheme:
+    """The scheme that a model is trained for, with the scales of that training.
+
+    Raises:
+        UsageError: see `scheme`.
+    """
+    found = scheme(name, group)
+    return found._replace(linears=found.linears._replace(searched=False))
+
+
+def scheme_for(trained_for: Any, name: str, group: int | None, compact: bool = False) -> Scheme:
+    """`scheme` of a model that may have been trained for one: then that one's groups and scales.
+
+    Args:
+        trained_for: what its puna.json says, {"scheme": ..., "group": ...}; anything else is not known.
+    """
+    told = trained_for if isinstance(trained_for, dict) else {}
+    meant = told.get("group") if name == told.get("scheme") else None
+    asked = scheme(name, meant if group is None and meant in scheme(name).groups else group, compact)
+    if meant is not None and meant == asked.linears.group:
+        log.info("scales: those that the model was trained for, in groups of %d", meant)
+        return asked._replace(linears=asked.linears._replace(searched=False))
+    if told:
+        log.warning("the model was trained to be rounded to %s in groups of %s: another rounding wastes that",
+                    str(told.get("scheme"))[:20], str(told.get("group"))[:20])  # fmt: skip
+    return asked

@@ -1,8 +1,10 @@
 """The acts of a Llama's life, each a page. `RECIPES` is a static table, so listing them imports nothing."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module, resources
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +81,18 @@ def load(recipe: str, config: str | Path | None = None, given: Mapping[str, Any]
     return load_config(config_type(recipe), file, given)
 
 
-def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any) -> Path:
+def run(
+    recipe: str,
+    config: Config | str | Path | None = None,
+    *,
+    objective: Callable[[Any, Any], Any] | None = None,
+    **overrides: Any,
+) -> Path:
     """Run a recipe and return its output: `puna.run("pretrain", data="shards", **{"train.accumulate": 4})`.
 
     Args:
         config: the name of a shipped config, a YAML file, or a config that `load` made.
+        objective: what is minimised in place of the recipe's own, of those that take one (docs/objectives.md).
         overrides: values over the config's; dotted keys by `**{...}`.
     """
     if not log.handlers:
@@ -92,9 +101,13 @@ def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any
     check_ranks(settings, started_as().ranks)
     if started_as().rank:
         log.setLevel(logging.ERROR)  # rank 0 speaks for all
-    folder = settings.output
+    folder, main = settings.output, _module(recipe).main
+    if objective is not None:
+        if "objective" not in signature(main).parameters:
+            raise UsageError(f"`{recipe}` takes no objective", fix="sft does")
+        main = partial(main, objective=objective)
     try:
-        return _module(recipe).main(settings)
+        return main(settings)
     finally:  # also when a signal, or a kill the last time, came between the run's end and this page
         ended = started_as().rank == 0 and all((folder / name).exists() for name in ("result.json", "final"))
         if ended and not (folder / "report.html").exists():

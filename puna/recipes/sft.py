@@ -29,11 +29,13 @@ from puna.ranks import rank
 from puna.run_folder import Run
 from puna.tokenizer.chat.format import Encoded, has_template
 from puna.train.blocks import checkpoint_blocks, compile_blocks
-from puna.train.fit import TrainConfig, check_training, fit
+from puna.train.distill import DistillConfig
+from puna.train.fit import Objective, TrainConfig, check_training, fit
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
-from puna.tune.model import TunedModel, load_tuned, saver, tuned_tokenizer
+from puna.tune.model import TunedModel, check_tuned, load_tuned, saver, trained_for, tuned_tokenizer
 from puna.tune.rows import ChatRows, encode, steps_of, template_variables, write_selection
+from puna.tune.teacher import check_teacher, distillation, load_teacher
 
 
 # Own classes, not a changed default instance: `train.keep=3` builds the section anew from its class.
@@ -73,18 +75,25 @@ class Config(TunedModel, ChatRows):
     judge: TaskConfig = TaskConfig()
     """Tasks to measure before and after: before with solved examples and against the majority answer."""
     samples: SampleConfig = SampleConfig()
+    distill: DistillConfig | None = None
+    """A teacher to learn from, beside the rows' own words; null: none."""
     compile: bool = False
     """Compile what lies around attention (torch.compile): worth it above some minutes of training."""
     train: Training = Training()
 
 
-def main(config: Config) -> Path:
-    """Train on packed conversations and write `final/`. Run again after an interruption, it goes on."""
-    if config.epochs and "steps" in config.model_fields_set:
-        raise UsageError("steps and epochs are both given", fix="epochs=null, or leave steps out")
+def main(config: Config, objective: Objective | None = None) -> Path:
+    """Train on packed conversations and write `final/`. Run again after an interruption, it goes on.
+
+    Args:
+        objective: what is minimised instead of the words' own loss (docs/objectives.md).
+    """
+    _check(config, objective)
     with shared_run(config) as run:
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
         tokenizer, rows = encode(config, tuned_tokenizer(config), config.data)
+        if config.distill:
+            check_teacher(config.distill, tokenizer)
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
         apart = encode(config, tokenizer, config.valid)[1] if given(config.valid) else []
         train, valid = split_rows(rows, 0 if apart else config.valid_fraction)
@@ -109,7 +118,13 @@ def main(config: Config) -> Path:
         named = {"valid_loss": valid, "watched_loss": watched}
         held_out = {name: packed(rows, seed=0) for name, rows in named.items() if rows}
         parents, asked = [parent(config.model, base.path)], config.model_dump(mode="json")
-        made_from = lineage("sft", parents, config=asked, data=batches.fingerprint)
+        minimised = objective or next_token
+        if config.distill:
+            teacher = load_teacher(config.distill, config.dtype, config.device)
+            parents.append(parent(config.distill.teacher, teacher.path))
+            minimised = distillation(teacher, config.distill)
+        told = {"objective": f"{objective.__module__}.{objective.__qualname__}"} if objective else {}
+        made_from = lineage("sft", parents, config=asked, data=batches.fingerprint, **trained_for(config), **told)
         save = saver(config, llama)
         evaluate = partial(_evaluate, run=run, llama=llama, config=config, held_out=held_out)
         before = run.once("judged", partial(_judge, base if has_template(base.tokenizer) else llama, config.judge))
@@ -123,7 +138,7 @@ def main(config: Config) -> Path:
         # Of dropout: what was drawn until here differs between a start and a resume.
         torch.manual_seed(config.seed + rank())
         saved = partial(save, lineage=made_from)
-        state = fit(run, llama.model, batches, next_token, config.train, steps, evaluate, saved)
+        state = fit(run, llama.model, batches, minimised, config.train, steps, evaluate, saved)
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
         if config.train.keep_best:
             result["kept_step"] = state.kept
@@ -138,6 +153,17 @@ def main(config: Config) -> Path:
             save(folder, lineage={**made_from, "metrics": result})
     log.info("tuned in %s: %s", clock(state.seconds), run.final)
     return config.output
+
+
+def _check(config: Config, objective: Objective | None) -> None:
+    """Refuse what cannot go together, before anything is read."""
+    check_tuned(config)
+    if config.epochs and "steps" in config.model_fields_set:
+        raise UsageError("steps and epochs are both given", fix="epochs=null, or leave steps out")
+    if config.qat and config.compile:
+        raise UsageError("qat with compile", cause="its products are native calls already", fix="compile=false")
+    if config.distill and objective:
+        raise UsageError("distill is an objective, and another one is given", fix="distill=null")
 
 
 def _evaluate(

@@ -131,7 +131,8 @@ def fit(
 ) -> TrainState:
     """Train `model` in place for `steps` optimizer steps, from the newest checkpoint of `run` if it has one.
 
-    A row of a validation has `train_loss`, the mean of the last ten steps, and `gap`, valid_loss - train_loss: what
+    A row of a validation has `train_loss`, the mean of the last ten steps (of `cross_entropy`, where an objective tells
+    it beside another loss), and `gap`, valid_loss - train_loss: what
     grows when a model learns its text by heart. Under a mixture the two are losses on different text, and the gap has
     an offset of its own: its change tells, not its value.
 
@@ -221,7 +222,7 @@ def fit(
             state.step, state.halvings = state.step + 1, halving.times
             state.tokens += row["n"]
             if math.isfinite(row["loss"]):  # that of a skipped step may not be
-                recent.append(row["loss"])
+                recent.append(row.get("cross_entropy", row["loss"]))
             state.seconds += (took := time.perf_counter() - started)
             tok_s = ranks() * sum(batch.size for batch in micro) / took
             row |= {"tokens": state.tokens, "tok_s": tok_s, "seconds": state.seconds, "memory": peak_memory(device)}
@@ -239,7 +240,7 @@ def _history(run: Run) -> tuple[set[int], list[float], dict[int, float]]:
     That of step 0 is of a model that was not trained, and that no checkpoint holds.
     """
     rows = run.metrics.read()
-    losses = [row["loss"] for row in rows if row.get("loss") is not None]
+    losses = [row.get("cross_entropy", row["loss"]) for row in rows if row.get("loss") is not None]
     validated = {row["step"]: _comparable(row["valid_loss"]) for row in rows if "valid_loss" in row and row["step"]}
     return {row["step"] for row in rows if "loss" not in row}, losses[-_RECENT:], validated
 

@@ -7,14 +7,17 @@ from typing import Any, Literal
 from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import save_adapter
 from puna.checkpoint.model_directory import save_model
+from puna.checkpoint.names import DTYPES
 from puna.checkpoint.registry import find_model, load_tokenizer, open_model
 from puna.config import RecipeConfig
 from puna.device import choose_dtype
 from puna.errors import DataError, UsageError
 from puna.infer.llama import Llama, load
 from puna.log import log
-from puna.lora import LoraConfig, adapted_layers, add_lora, lora_parameters, whole_parameters
+from puna.lora import LoraConfig, adapted_layers, add_lora, lora_layers, lora_parameters, whole_parameters
 from puna.model.init import build_model
+from puna.quant.qat import QatConfig, qat_plan, round_layers, rounded_product
+from puna.quant.schemes import SCHEMES
 from puna.tokenizer.tokenizer import Tokenizer
 
 
@@ -31,8 +34,15 @@ class TunedModel(RecipeConfig):
     half of it, and nearer to the model. Costs time in every step; the adapter then belongs to the rounded base."""
     lora: LoraConfig | None = LoraConfig()
     """Adapters on a frozen base; null trains every weight."""
+    qat: QatConfig | None = None
+    """Train under the rounding that `puna quantize` will make: a 4-bit model loses less, a step takes longer."""
     save_dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
-    """Of a fully trained model; adapters are fp32."""
+    """Of a fully trained model; adapters are fp32. Under qat also what `puna merge --save-dtype` has to be."""
+
+
+def trained_for(config: TunedModel) -> dict[str, Any]:
+    """What puna.json says of it, for `puna quantize` to round by the same scales."""
+    return {"trained_for": config.qat.model_dump()} if config.qat else {}
 
 
 def check_tuned(config: TunedModel) -> None:
@@ -44,6 +54,7 @@ def check_tuned(config: TunedModel) -> None:
     if (found := find_model(config.model) / ADAPTER).exists():
         fix = f"puna merge {config.model} FOLDER, and then model=FOLDER"
         raise DataError("the model is an adapter itself", where=found.parent, fix=fix)
+    _check_qat(config)
     if config.quantize and not config.lora:
         raise UsageError(
             f"quantize: {config.quantize} without lora", cause="packed weights are frozen: nothing would be trained",
@@ -62,6 +73,23 @@ def check_tuned(config: TunedModel) -> None:
             "new_tokens under lora: their rows are frozen, and nothing would be learned of them", where="new_tokens",
             fix=f"lora.modules_to_save: [{', '.join(ends)}]",
         )  # fmt: skip
+
+
+def _check_qat(config: TunedModel) -> None:
+    """Raise UsageError for settings that training under a rounding excludes."""
+    if config.qat and config.quantize:
+        raise UsageError(
+            "qat with quantize", cause="a base that is rounded already is not rounded again",
+            fix="quantize: null to learn the rounding of the merged model; qat: null for adapters on a rounded base",
+        )  # fmt: skip
+    if config.qat and config.lora and config.lora.dropout:
+        raise UsageError(
+            "qat with lora.dropout", cause="base and adapter are rounded as one weight, so there is one input to both",
+            fix="lora.dropout=0",
+        )  # fmt: skip
+    if config.qat and config.qat.group not in (groups := SCHEMES[config.qat.scheme].groups):
+        listed = ", ".join(map(str, groups))
+        raise UsageError(f"qat.scheme={config.qat.scheme} has no groups of {config.qat.group}", fix=f"one of: {listed}")
 
 
 def tuned_tokenizer(config: TunedModel) -> Tokenizer:
@@ -86,14 +114,21 @@ def load_tuned(config: TunedModel, variables: Mapping[str, Any]) -> Llama:
     llama = load(config.model, dtype, config.device, variables=variables, quantize=config.quantize)
     if config.new_tokens:
         llama = llama.add_tokens(config.new_tokens)
+    plan = qat_plan(llama.model, config.qat) if config.qat else {}
     if config.lora:
         add_lora(llama.model, config.lora, config.seed)
         count = sum(p.numel() for p in lora_parameters(llama.model).values())
         log.info("training %s adapter weights of rank %d", f"{count:,}", config.lora.rank)
         if whole := whole_parameters(llama.model, config.lora):
             log.info("and %s weights of %s", f"{sum(p.numel() for p in whole.values()):,}", ", ".join(whole))
-        return llama
-    llama.model.compute_dtype = choose_dtype(config.dtype, next(llama.model.parameters()).device)
+    else:
+        llama.model.compute_dtype = choose_dtype(config.dtype, next(llama.model.parameters()).device)
+    if config.qat:
+        stored = DTYPES[config.save_dtype]
+        for name, layer in lora_layers(llama.model).items():  # rounded with the adapter in it: as it is once merged
+            layer.product = rounded_product(plan.pop(name), stored)
+        round_layers(llama.model, plan, stored)
+        log.info("training under the rounding of %s, in groups of %d", config.qat.scheme, config.qat.group)
     return llama
 
 

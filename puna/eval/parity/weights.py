@@ -83,7 +83,7 @@ def times_merged(adapted: Transformer, weights: Mapping[str, Weight]) -> float |
     along = length = whole = 0.0
     for name, layer in lora_layers(adapted).items():
         base = layer.base.weight.detach().float().cpu()
-        delta = layer.full_weight().float().cpu() - base
+        delta = layer.full_weight().detach().float().cpu() - base
         moved = weights[f"{name}.weight"].read().float() - base
         along, length = along + (moved * delta).sum().item(), length + delta.square().sum().item()
         whole += base.square().sum().item()
