@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import PositiveInt
@@ -56,6 +56,8 @@ class TrainConfig(Config):
     """Checkpoints kept."""
     skip_budget: int = 3
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    track: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Where else to show metrics.jsonl while it grows: more shows more; none can stop the run (puna[track])."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from puna.config import read_yaml
+from puna.config import flat, read_yaml
 from puna.lineage import parents_of
 from puna.log import Metrics, clock
 from puna.report import Curves, Facts, Report, Samples, Section, Series, Table, write_report
@@ -24,7 +24,7 @@ def write_run_report(folder: Path) -> Path:
     """Curves, samples, before and after, what it was made from, what it ran on."""
     recipe = read_yaml(folder / "resolved.yaml")["recipe"]
     target = folder / "report.html"
-    sections = [*run_sections(folder), Facts("Ran on", flat(environment()))]
+    sections = [*run_sections(folder), Facts("Ran on", facts(environment()))]
     write_report(target, Report(f"{recipe}: {folder}", summary(folder), sections))
     return target
 
@@ -37,7 +37,7 @@ def summary(folder: Path) -> str:
 
 def run_sections(folder: Path) -> list[Section]:
     """What a run's own files tell, as sections of a report."""
-    result, given = _json(folder / "result.json"), flat(read_yaml(folder / "config.yaml"))
+    result, given = _json(folder / "result.json"), facts(read_yaml(folder / "config.yaml"))
     rows = Metrics(folder / "metrics.jsonl").read()
     trained = [row for row in rows if "loss" in row]
     sections: list[Section] = []
@@ -64,15 +64,9 @@ def run_sections(folder: Path) -> list[Section]:
     return sections
 
 
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value if isinstance(value, int | float | None) else str(value)
-    return found
+def facts(values: Any) -> dict[str, Any]:
+    """Nested mappings as the facts of a report."""
+    return {k: v if isinstance(v, int | float | None) else str(v) for k, v in flat(values).items()}
 
 
 def _tasks(rows: list[dict[str, Any]], judge: Any) -> Table:
