@@ -134,10 +134,10 @@ def mirrored(folder: Path, trackers: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         deadline = time.monotonic() + TRACKERS_FINISH_IN
-        for _, process, _ in started:
+        for process, _ in started:
             with contextlib.suppress(OSError):
                 process.stdin.close()  # type: ignore[union-attr]
-        for name, process, listener in started:
+        for process, listener in started:
             try:
                 listener.join(max(0.0, deadline - time.monotonic()))
             finally:
@@ -146,7 +146,7 @@ def mirrored(folder: Path, trackers: Sequence[str]) -> Iterator[None]:
                 listener.join()
 
 
-def _mirror(folder: Path, name: str) -> tuple[str, subprocess.Popen[str], threading.Thread] | None:
+def _mirror(folder: Path, name: str) -> tuple[subprocess.Popen[str], threading.Thread] | None:
     """The process of a tracker, out of reach of the terminal's Ctrl-C, and the thread that tells what it has to say."""
     pipe, paths = subprocess.PIPE, os.pathsep.join(filter(None, sys.path))
     try:
@@ -159,7 +159,7 @@ def _mirror(folder: Path, name: str) -> tuple[str, subprocess.Popen[str], thread
         return None
     listener = threading.Thread(target=_tell, args=[process, name], daemon=True)
     listener.start()
-    return name, process, listener
+    return process, listener
 
 
 def _tell(process: subprocess.Popen[str], name: str) -> None:

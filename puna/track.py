@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,11 +185,10 @@ def main(folder: Path, name: str) -> int:
         def say(level: int, text: str) -> None:
             print(level, " ".join(text.split())[:300], file=pipe)
 
-        if find_spec(name) is None:
-            say(logging.WARNING, f"{name} is not installed: pip install '{PROJECT}[track]'")
-            return 0
         try:
             mirror(folder, name, ended, say)
+        except ModuleNotFoundError as error:
+            say(logging.WARNING, f"{name} needs {error.name}, not installed here: pip install 'puna[track]'")
         except BaseException as error:  # also what leaves by sys.exit: it is told, once
             logging.exception("%s", name)
             say(logging.WARNING, f"{name} gave up: {type(error).__name__}: {error}")
