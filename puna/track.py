@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from puna.config import flat, plain, read_yaml
 from puna.files import write_json
 from puna.lineage import code_version, fingerprint, read_lineage
 from puna.log import parse_row
+from puna.runs import read_run
 
 PROJECT = "puna"
 _EVERY = 1.0  # seconds between looks at the file
@@ -117,7 +117,7 @@ def mirror(folder: Path, name: str, ended: threading.Event, say: Callable[[int, 
     """Show the rows of the run in `folder` to tracker `name` until the run has `ended`."""
     file = folder / "track" / f"{name}.json"
     known = json.loads(file.read_bytes()) if file.exists() else {"id": secrets.token_hex(4), "last": [-1, 0]}
-    config = {**flat(plain(read_yaml(folder / "resolved.yaml"))), "puna_code": code_version() or ""}
+    config = {**read_run(folder).config, "puna_code": code_version() or ""}
     tracker = TRACKERS[name](Shown(folder.resolve().name, known["id"], folder / "track", config))
     write_json(file, known)
     say(logging.INFO, f"{name}: {tracker.where}")

@@ -181,10 +181,10 @@ def test_a_resumed_run_shows_no_step_twice(fake: Fake, tmp_path: Path) -> None:
         ({"in_finish": "raise ConnectionError('the network is down')"}, "wandb gave up: ConnectionError"),
         (
             {"in_log": "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)"},
-            "wandb was killed, not done after 4 s",
+            "wandb was killed, not done after 3 s",
         ),
-        ({"in_finish": "time.sleep(99)"}, "wandb was killed, not done after 4 s"),
-        ({"in_init": "time.sleep(99)"}, "wandb was killed, not done after 4 s"),
+        ({"in_finish": "time.sleep(99)"}, "wandb was killed, not done after 3 s"),
+        ({"in_init": "time.sleep(99)"}, "wandb was killed, not done after 3 s"),
     ],
 )
 def test_a_faulty_tracker_is_one_warning(

@@ -6,11 +6,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from puna.config import flat, read_yaml
+from puna.chart import Curves, Series
+from puna.config import read_yaml
 from puna.lineage import parents_of
 from puna.log import Metrics, clock
-from puna.report import Curves, Facts, Report, Samples, Section, Series, Table, write_report
+from puna.report import Facts, Report, Samples, Section, Table, write_report
 from puna.run_folder import environment
+from puna.runs import flat
 
 _LOSSES = {"valid_loss": "held-out conversations", "watched_loss": "conversations of another kind"}
 _VALIDATION = {
