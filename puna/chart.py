@@ -61,9 +61,10 @@ def figure(number: int, curves: Curves) -> str:
 def picture(curves: Curves) -> str:
     """As an SVG file of its own, light or dark as its reader's screen is."""
     lines, drawn = _lines(curves)
-    rows, legend = -(-len(lines) // 3), ""
+    columns = 3 if max((len(series.name) for series in curves.series), default=0) < 28 else 1
+    rows, legend = -(-len(lines) // columns), ""
     for i, (series, line) in enumerate(zip(curves.series, lines, strict=True)):
-        x, y = 16 + i % 3 * 312, 28 + i // 3 * 22
+        x, y = 16 + i % columns * 312, 28 + i // columns * 22
         dash, name, last = DASHES[i % 4], text_of(series.name), text_of(_last(line))
         legend += (
             f'<g class="s{i % 6}"><path class="line" d="M{x} {y - 4}h28" stroke-dasharray="{dash}"/></g>'

@@ -15,8 +15,11 @@ from puna.files import write_text
 from puna.runs import RunView, read_run
 
 _NATS = ("loss", "valid_loss", "train_loss", "watched_loss")
+_NOISY = ("loss", "grad_norm", "tok_s", "cross_entropy", "divergence")
+_MANY = 200  # steps; fewer are seen as they are
 _UNITS = {"lr": "learning rate", "tok_s": "tokens a second", "bits_per_byte": "bits per byte", "gap": "nats a token",
-          "grad_norm": "gradient norm", "memory": "bytes", "seconds": "seconds"}  # fmt: skip
+          "grad_norm": "gradient norm", "memory": "bytes",
+          "cross_entropy": "nats a token", "divergence": "nats a token"}  # fmt: skip
 
 
 def plot_runs(
@@ -51,7 +54,8 @@ def curves_of(runs: Sequence[RunView], keys: Sequence[str], smooth: int = 0, log
             for key in named:
                 values = run.values(key)
                 dots = key != "loss" and any(key in row for row in run.validations)
-                window = 1 if dots else smooth or max(1, len(values) // 50)
+                window = smooth or (len(values) // 50 if key in _NOISY and len(values) >= _MANY else 1)
+                window = 1 if dots else window
                 windows.add(window)
                 label = [str(run.folder)] * (len(runs) > 1) + [key.replace("_", " ")] * (
                     len(named) > 1 or len(runs) == 1

@@ -68,16 +68,23 @@ def print_runs(rows: list[dict[str, Any]], as_json: bool, where: Path = Path("."
 
 
 def show_run(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: bool = Json
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: bool = Json,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write its report, a .html page.")] = None,
 ) -> None:
     """A run's state, what it was given, its numbers, what it was made from."""
     run = read_run(folder)
+    if output:
+        from puna.train.run_report import write_run_report
+
+        print(write_run_report(folder, output))
+        return
     if as_json:
         print_json(_everything(run))
         return
     print_fields(_fields(run), False)
     if validations := run.validations:
-        keys = [k for k in dict.fromkeys(k for row in validations for k in row) if k != "step" and k[:7] != "epochs."]
+        keys = [k for k in dict.fromkeys(k for row in validations for k in row) if _told(k)]
         print()
         kept = validations if len(validations) <= 12 else [*validations[:2], *validations[-10:]]
         names = [k.replace("_", " ") for k in keys]
@@ -88,9 +95,13 @@ def show_run(
         print_table(["task, in percent", "before", "after", "gain, 95 %"], cells)
 
 
+def _told(key: str) -> bool:
+    return key not in ("step", "memory") and not key.startswith("epochs.")
+
+
 def _fields(run: RunView) -> dict[str, Any]:
-    state, why = run.state
-    last, result = run.last, run.result
+    trained = run.trained
+    (state, why), last, result = run.state, run.last, run.result
     fields: dict[str, Any] = {"state": f"{state}: {harmless(why)}" if why else state}
     fields["command"] = f"puna run {run.recipe} {' '.join(words(run.given))}"
     if planned := run.planned:
@@ -102,7 +113,7 @@ def _fields(run: RunView) -> dict[str, Any]:
         fields |= {"tokens": last.get("tokens"), "time": clock(last.get("seconds", 0))}
         if speed := run.speed():
             fields["speed"] = f"{speed:,.0f} tokens a second"
-        if memory := max((row.get("memory") or 0 for row in run.trained), default=0):
+        if memory := max((row.get("memory") or 0 for row in trained), default=0):
             fields["memory"] = f"{memory / 1e9:.2f} GB at most"
     fields |= {k.replace("_", " "): number(v) for k, v in result.items() if k == "bits_per_byte"}
     made = run.made_from
