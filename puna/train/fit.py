@@ -48,6 +48,8 @@ class TrainConfig(Config):
 
     accumulate: PositiveInt = 1
     """Micro-batches a step; the gradient is that of one batch of all of them."""
+    track: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Where else to show metrics.jsonl while it grows: each adds a process, none can stop the run (puna[track])."""
     evaluate_every: int | None = None
     """Steps between validations; null: five times in the run."""
     save_every: int | None = None
@@ -56,8 +58,6 @@ class TrainConfig(Config):
     """Checkpoints kept."""
     skip_budget: int = 3
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
-    track: list[Literal["tensorboard", "trackio", "wandb"]] = []
-    """Where else to show metrics.jsonl while it grows: more shows more; none can stop the run (puna[track])."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
