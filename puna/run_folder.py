@@ -116,9 +116,9 @@ def _ending_told(file: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         how = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-        what = getattr(error, "what", "") or f"{type(error).__name__}: {error}"
+        what = getattr(error, "what", "") or f"{type(error).__name__}: {error}".rstrip(": ")
         with contextlib.suppress(Exception):  # on a full disk the error that filled it has to come through
-            write_json(file, {"state": how, "why": what[:1000]})
+            write_json(file, {"state": how, "why": what.removeprefix("stopped: ")[:1000]})
         raise
 
 

@@ -120,7 +120,7 @@ def test_states(say: Callable[..., str], held: Path, tmp_path: Path) -> None:
         "held": "running", **{name: name for name in ("finished", "stopped", "failed", "crashed", "damaged")},
     }  # fmt: skip
     assert rows["failed"]["why"] == "3 steps in a row are not finite"
-    assert rows["stopped"]["why"] == "stopped: step 4 of 6 is saved"
+    assert rows["stopped"]["why"] == "step 4 of 6 is saved"
     assert all(row["summary"] for row in rows.values())
     assert "failed: 3 steps in a row" in say("runs", "show", tmp_path / "failed")
     with pytest.raises(UsageError, match="damaged"):
