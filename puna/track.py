@@ -107,9 +107,8 @@ def wandb(shown: Shown) -> Tracker:
             run.tags = (*(run.tags or ()), *(f"{name}:{value}"[:64] for name, value in made_from.items()))
         run.finish(exit_code=0 if finished else 1)
 
-    return Tracker(
-        run.url or f"wandb sync {Path(run.dir).parent}", lambda values, step: run.log(values, step=step), int, finish
-    )
+    where = run.url or f"wandb sync {Path(run.dir).parent}"
+    return Tracker(where, lambda values, step: run.log(values, step=step), lambda: None, finish)
 
 
 TRACKERS = {"tensorboard": tensorboard, "trackio": trackio, "wandb": wandb}

@@ -281,6 +281,17 @@ def test_report_of_a_run_that_stopped(say: Callable[..., str], tmp_path: Path) -
     assert "failed after 0 of 6 steps" in write_run_report(early).read_text()
 
 
+def test_every_command_of_the_page(say: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page whose commands have gone stale."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "a", "b", "c"):
+        make(Path("runs") / name)
+    text = (Path(__file__).parent.parent / "docs" / "runs.md").read_text(encoding="utf-8")
+    calls = [shlex.split(line, comments=True) for line in re.findall("^puna (runs .*)$", text, re.MULTILINE)]
+    assert len(calls) == 6
+    assert all(say(*call) for call in calls)
+
+
 def test_runs_are_read_without_torch(tmp_path: Path) -> None:
     """Half a second of imports before a line, and every row of every run parsed for a list of the last ones."""
     make(tmp_path / "run")

@@ -63,7 +63,7 @@ def curves_of(runs: Sequence[RunView], keys: Sequence[str], smooth: int = 0, log
                 if values:
                     series.append(Series(" ".join(label), mean_of(values, window), dots))
         widest = max(windows, default=1)
-        label = f"{unit}, mean of {widest:,} steps" if widest > 1 else unit
+        label = f"{unit}, mean of {'up to ' * (len(windows) > 1)}{widest:,} steps" if widest > 1 else unit
         charts.append(Curves(", ".join(k.replace("_", " ") for k in named), "step", label, series, log))
     return charts
 
