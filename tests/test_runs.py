@@ -21,6 +21,7 @@ from puna.cli.runs import words
 from puna.cli.terminal import chart
 from puna.config import RecipeConfig, load_config, parse_words
 from puna.errors import Interrupted, NumericError, PunaError, UsageError
+from puna.eval.tasks import TaskConfig
 from puna.files import is_locked, lock, write_json
 from puna.lora import LoraConfig
 from puna.run_folder import open_run
@@ -44,6 +45,7 @@ class Trained(RecipeConfig):
     variables: dict[str, Any] = {}
     note: str | None = None
     lora: LoraConfig | None = LoraConfig()
+    judge: TaskConfig = TaskConfig()
     train: TrainConfig = TrainConfig()
 
 
