@@ -123,7 +123,7 @@ def _ending_told(file: Path) -> Iterator[None]:
 
 
 def _trackers(config: RecipeConfig) -> Sequence[str]:
-    return getattr(getattr(config, "train", None), "track", ())
+    return list(dict.fromkeys(getattr(getattr(config, "train", None), "track", ())))
 
 
 @contextlib.contextmanager

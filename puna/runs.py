@@ -110,7 +110,7 @@ class RunView:
 
     def best(self, key: str = "valid_loss") -> tuple[int, float] | None:
         """(step, value) of the lowest `key` of all validations."""
-        found = [(row["step"], row[key]) for row in self.validations if row.get(key) is not None]
+        found = [(row["step"], row[key]) for row in self.validations if isinstance(row.get(key), int | float)]
         return min(found, key=lambda at: at[1]) if found else None
 
     def speed(self) -> float | None:

@@ -283,6 +283,14 @@ def test_report_of_a_run_that_stopped(say: Callable[..., str], tmp_path: Path) -
     assert "failed after 0 of 6 steps" in write_run_report(early).read_text()
 
 
+def test_names_do_not_command_the_terminal(say: Callable[..., str], tmp_path: Path) -> None:
+    """A model or a folder with an escape sequence in its name wrote over what stands above it."""
+    one = make(tmp_path / "\x1b[2Jone", model="\x1b[31mm", note="two\nlines\x1b")
+    two = make(tmp_path / "two", 4, fail(NumericError("\x1b[2J")))
+    for call in (["ls", tmp_path], ["show", one], ["show", two], ["compare", one, two], ["plot", one, two]):
+        assert "\x1b" not in say("runs", *call), call
+
+
 def test_every_command_of_the_page(say: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page whose commands have gone stale."""
     monkeypatch.chdir(tmp_path)

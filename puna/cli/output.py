@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+from puna.log import harmless
+
 Json = typer.Option(False, "--json", help="Print JSON.")
 
 
@@ -43,8 +45,9 @@ def print_fields(fields: dict[str, Any], as_json: bool) -> None:
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> None:
     """Aligned columns under a heading: those of `left` are text; digits of the others stand under digits."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
+    table = [[harmless(cell.replace("\n", " ")) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
         cells = [f"{c:{w}}" if i in left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         print("  ".join(cells).rstrip())
 

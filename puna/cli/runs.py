@@ -103,7 +103,7 @@ def _fields(run: RunView) -> dict[str, Any]:
     trained = run.trained
     (state, why), last, result = run.state, run.last, run.result
     fields: dict[str, Any] = {"state": f"{state}: {harmless(why)}" if why else state}
-    fields["command"] = f"puna run {run.recipe} {' '.join(words(run.given))}"
+    fields["command"] = harmless(f"puna run {run.recipe} {' '.join(words(run.given))}")
     if planned := run.planned:
         fields["steps"] = f"{run.steps:,} of {planned:,}"
     if last:
