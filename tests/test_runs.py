@@ -183,6 +183,8 @@ def test_everything_fits_80_columns(say: Callable[..., str], tmp_path: Path, mon
         text = say("runs", *call)
         assert max(map(len, text.splitlines())) <= 80, text
     assert "one " in say("runs", "ls")
+    far = make(tmp_path / ("far" * 60), 4)
+    assert max(map(len, say("runs", "plot", far, one).splitlines())) <= 80
 
 
 def test_the_command_can_be_typed(say: Callable[..., str], tmp_path: Path) -> None:

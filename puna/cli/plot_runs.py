@@ -12,7 +12,6 @@ from puna.chart import Curves, Series, picture
 from puna.cli.terminal import can_braille, can_colour, chart
 from puna.errors import UsageError
 from puna.files import write_text
-from puna.log import harmless
 from puna.runs import RunView, read_run
 
 _NATS = ("loss", "valid_loss", "train_loss", "watched_loss")

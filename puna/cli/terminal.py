@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from puna.chart import Axis, Curves, Line, drawable, number_text
+from puna.log import harmless
 
 _COLOURS = (34, 33, 32, 35, 36, 31)
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, by row and column
@@ -20,7 +21,7 @@ def chart(curves: Curves, width: int, height: int = 16, colour: bool = False, br
     lines = [[drawable(x, y, curves.log_y) for x, y in series.points] for series in curves.series]
     points = [point for line in lines for point in line if point]
     if not points:
-        return [f"{curves.title}: nothing to draw"]
+        return [f"{harmless(curves.title)}: nothing to draw"]
     dotted = braille and (colour or len(lines) == 1)
     x, y = Axis([x for x, _ in points]), Axis([y for _, y in points], 0.02, curves.log_y)
     rows = {round((1 - at) * (height - 1)): label for at, label in y.ticks() if 0 <= at <= 1}
@@ -39,9 +40,9 @@ def chart(curves: Curves, width: int, height: int = 16, colour: bool = False, br
         + "".join(_cell(cells.get((row, column)), dotted, colour) for column in range(columns)).rstrip()
         for row in range(height)
     ]
-    names = [_named(number, series.name, lines[number], dotted, colour) for number, series in enumerate(curves.series)]
+    names = [_named(i, series.name, lines[i], width, dotted, colour) for i, series in enumerate(curves.series)]
     label = curves.y_label + (", log scale" if curves.log_y else "")
-    return [label, *_wrapped(names, width, colour), *drawn, *_x_axis(x, curves.x_label, margin, columns, braille)]
+    return [label, *_wrapped(names, width), *drawn, *_x_axis(x, curves.x_label, margin, columns, braille)]
 
 
 def can_colour() -> bool:
@@ -81,15 +82,16 @@ def _painted(text: str, number: int, colour: bool) -> str:
     return f"\x1b[{_COLOURS[number % len(_COLOURS)]}m{text}\x1b[0m" if colour else text
 
 
-def _named(number: int, name: str, line: Line, dotted: bool, colour: bool) -> tuple[str, int]:
+def _named(number: int, name: str, line: Line, width: int, dotted: bool, colour: bool) -> tuple[str, int]:
     """An entry of the legend, and how wide it is shown."""
     last = next((number_text(point[1]) for point in reversed(line) if point), "no values")
     mark = "──" if dotted else chr(ord("a") + number % 26) * 2
-    plain = f"{mark} {name} {last}"
-    return plain.replace(mark, _painted(mark, number, colour), 1), len(plain)
+    room = width - len(mark) - len(last) - 2
+    name = harmless(name) if len(name) <= room else "..." + harmless(name)[3 - room :]  # of a path the end tells most
+    return f"{_painted(mark, number, colour)} {name} {last}", len(f"{mark} {name} {last}")
 
 
-def _wrapped(names: Sequence[tuple[str, int]], width: int, colour: bool) -> list[str]:
+def _wrapped(names: Sequence[tuple[str, int]], width: int) -> list[str]:
     lines, used = [""], 0
     for text, size in names:
         if used and used + 3 + size > width:
