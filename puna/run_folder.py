@@ -86,7 +86,7 @@ def open_run(config: RecipeConfig) -> Iterator[Run]:
             sweep(place, held=True)
         for rows in (run.metrics, run.samples):
             rows.rewind()  # a row cut short by a crash would swallow the next one that is written
-        with _logged(folder / "log.txt"), mirrored(folder, _trackers(config)), _ending_told(folder / "ended.json"):
+        with _logged(folder / "log.txt"), _mirrored(folder, _trackers(config)), _ending_told(folder / "ended.json"):
             with run.stop.listening():
                 yield run
             # Whoever asked for a stop must not see a success: a script would go on with its next command.
@@ -127,7 +127,7 @@ def _trackers(config: RecipeConfig) -> Sequence[str]:
 
 
 @contextlib.contextmanager
-def mirrored(folder: Path, trackers: Sequence[str]) -> Iterator[None]:
+def _mirrored(folder: Path, trackers: Sequence[str]) -> Iterator[None]:
     """A process for each tracker follows metrics.jsonl (puna/track.py): whatever happens in it, the run goes on."""
     started = [found for name in trackers if (found := _mirror(folder, name))]
     try:
@@ -142,8 +142,9 @@ def mirrored(folder: Path, trackers: Sequence[str]) -> Iterator[None]:
                 listener.join(max(0.0, deadline - time.monotonic()))
             finally:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                listener.join()
+                    with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                        os.killpg(process.pid, signal.SIGKILL)
+                listener.join(1.0)
 
 
 def _mirror(folder: Path, name: str) -> tuple[subprocess.Popen[str], threading.Thread] | None:
@@ -152,13 +153,14 @@ def _mirror(folder: Path, name: str) -> tuple[subprocess.Popen[str], threading.T
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "puna.track", str(folder), name], env={**os.environ, "PYTHONPATH": paths},
-            stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8", start_new_session=True,
+            stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace",
+            start_new_session=True,
         )  # fmt: skip
-    except OSError as error:
+        listener = threading.Thread(target=_tell, args=[process, name], daemon=True)
+        listener.start()
+    except (OSError, RuntimeError) as error:  # no more processes, or threads
         log.warning("%s cannot be started (%s); metrics.jsonl has every row", name, error)
         return None
-    listener = threading.Thread(target=_tell, args=[process, name], daemon=True)
-    listener.start()
     return process, listener
 
 
@@ -166,7 +168,7 @@ def _tell(process: subprocess.Popen[str], name: str) -> None:
     with process.stdout as lines:  # type: ignore[union-attr]
         for line in lines:
             level, _, text = line.partition(" ")
-            log.log(int(level), "%s", harmless(text.rstrip()))
+            log.log(int(level) if level.isdigit() else logging.INFO, "%s", harmless(text.rstrip()))
     if code := process.wait():
         how = f"was killed, not done after {TRACKERS_FINISH_IN:.0f} s" if code == -signal.SIGKILL else f"died: {code}"
         log.warning("%s %s; metrics.jsonl has every row", name, how)

@@ -209,6 +209,18 @@ def test_a_missing_tracker_is_one_warning(fake: Fake, told, tmp_path: Path) -> N
     assert warnings(told) == ["wandb needs wandb, not installed here: pip install 'puna[track]'"]
 
 
+def test_a_process_that_cannot_be_started_is_one_warning(told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine out of processes still trains."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(run_folder.subprocess, "Popen", refuse)
+    train(tmp_path / "run", "wandb")
+    assert len(warnings(told)) == 1
+    assert "cannot be started" in warnings(told)[0]
+
+
 def test_a_run_that_is_refused_starts_no_tracker(fake: Fake, tmp_path: Path) -> None:
     """A tracker of a refused run would leave an empty run behind, elsewhere."""
     fake.do()
