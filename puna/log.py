@@ -57,7 +57,7 @@ class Metrics:
             return []
         rows = []
         for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
-            row = _row(line)
+            row = parse_row(line)
             if row is None:
                 log.warning("%s:%d: left out a damaged row", self.path, number)
             else:
@@ -71,7 +71,8 @@ class Metrics:
                 os.fsync(file.fileno())
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """A line of a metrics file; None for one that is damaged."""
     try:
         row = json.loads(line)
     except ValueError:

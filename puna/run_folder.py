@@ -3,7 +3,8 @@
 config.yaml      what the user gave (file and words)    measured.json   choices measured once: threads, steps
 resolved.yaml    every value                            metrics.jsonl   one row a step
 env.json         versions, machine, command             samples.jsonl   text the model wrote while learning
-log.txt          what the terminal showed               checkpoints/step-N/  final/
+log.txt          what the terminal showed               ended.json      why it stopped, if it did not finish
+track/           what trackers keep (puna/track.py)     checkpoints/step-N/  final/
 """
 
 import contextlib
@@ -12,9 +13,11 @@ import logging
 import os
 import platform
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +25,12 @@ from typing import Any, TypeVar
 from puna.config import RecipeConfig, differences, load_config, read_yaml, to_yaml
 from puna.errors import CheckpointError, Interrupted, UsageError
 from puna.files import lock, make_folder, sweep, write_json, write_text
-from puna.log import Metrics, log
+from puna.log import Metrics, harmless, log
 from puna.ranks import rank, ranks
 
 T = TypeVar("T")
+TRACKERS_FINISH_IN = 20.0
+"""Seconds a run waits at its end for trackers that are not done yet."""
 
 
 class Run:
@@ -81,18 +86,92 @@ def open_run(config: RecipeConfig) -> Iterator[Run]:
             sweep(place, held=True)
         for rows in (run.metrics, run.samples):
             rows.rewind()  # a row cut short by a crash would swallow the next one that is written
-        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-        handler.handleError = lambda record: None  # a full disk is told once, by what fails for it
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        log.addHandler(handler)
-        try:
+        with _logged(folder / "log.txt"), _mirrored(folder, _trackers(config)), _ending_told(folder / "ended.json"):
             with run.stop.listening():
                 yield run
             # Whoever asked for a stop must not see a success: a script would go on with its next command.
             run.stop.check(f"the run had just been finished in {folder}", fix="")
-        finally:
-            log.removeHandler(handler)
-            handler.close()
+
+
+@contextlib.contextmanager
+def _logged(file: Path) -> Iterator[None]:
+    """What the log tells goes to `file`, too; each start of a run has a heading there."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.handleError = lambda record: None  # a full disk is told once, by what fails for it
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.emit(logging.makeLogRecord({"msg": f"--- {' '.join(_command())}"}))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+@contextlib.contextmanager
+def _ending_told(file: Path) -> Iterator[None]:
+    """A run that ends unfinished says why in `file`; none there tells of a kill or a power cut."""
+    file.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        how = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+        what = getattr(error, "what", "") or f"{type(error).__name__}: {error}".rstrip(": ")
+        with contextlib.suppress(Exception):  # on a full disk the error that filled it has to come through
+            write_json(file, {"state": how, "why": what.removeprefix("stopped: ")[:1000]})
+        raise
+
+
+def _trackers(config: RecipeConfig) -> Sequence[str]:
+    return list(dict.fromkeys(getattr(getattr(config, "train", None), "track", ())))
+
+
+@contextlib.contextmanager
+def _mirrored(folder: Path, trackers: Sequence[str]) -> Iterator[None]:
+    """A process for each tracker follows metrics.jsonl (puna/track.py): whatever happens in it, the run goes on."""
+    started = [found for name in trackers if (found := _mirror(folder, name))]
+    try:
+        yield
+    finally:
+        deadline = time.monotonic() + TRACKERS_FINISH_IN
+        for process, _ in started:
+            with contextlib.suppress(OSError):
+                process.stdin.close()  # type: ignore[union-attr]
+        for process, listener in started:
+            try:
+                listener.join(max(0.0, deadline - time.monotonic()))
+            finally:
+                if process.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                        os.killpg(process.pid, signal.SIGKILL)
+                listener.join(1.0)
+
+
+def _mirror(folder: Path, name: str) -> tuple[subprocess.Popen[str], threading.Thread] | None:
+    """The process of a tracker, out of reach of the terminal's Ctrl-C, and the thread that tells what it has to say."""
+    pipe, paths = subprocess.PIPE, os.pathsep.join(filter(None, sys.path))
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "puna.track", str(folder), name], env={**os.environ, "PYTHONPATH": paths},
+            stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace",
+            start_new_session=True,
+        )  # fmt: skip
+        listener = threading.Thread(target=_tell, args=[process, name], daemon=True)
+        listener.start()
+    except (OSError, RuntimeError) as error:  # no more processes, or threads
+        log.warning("%s cannot be started (%s); metrics.jsonl has every row", name, error)
+        return None
+    return process, listener
+
+
+def _tell(process: subprocess.Popen[str], name: str) -> None:
+    with process.stdout as lines:  # type: ignore[union-attr]
+        for line in lines:
+            level, _, text = line.partition(" ")
+            log.log(int(level) if level.isdigit() else logging.INFO, "%s", harmless(text.rstrip()))
+    if code := process.wait():
+        how = f"was killed, not done after {TRACKERS_FINISH_IN:.0f} s" if code == -signal.SIGKILL else f"died: {code}"
+        log.warning("%s %s; metrics.jsonl has every row", name, how)
 
 
 def _call(function: Callable[[], T]) -> T:
@@ -134,13 +213,17 @@ def environment() -> dict[str, Any]:
     wanted = ("puna", "torch", "numpy", "tokenizers", "sentencepiece", "safetensors")
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": _command(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "ranks": ranks(),
         "versions": {name: installed.get(name) for name in wanted},
     }
+
+
+def _command() -> list[str]:
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def _stored(path: Path) -> dict[str, Any]:
@@ -165,6 +248,8 @@ def _check_continues(config: RecipeConfig, folder: Path) -> None:
         )
     old, new = _asked(type(config), folder / "resolved.yaml"), config.model_dump(mode="json")
     old["output"] = new["output"]  # a run may be moved
+    for tree in (old, new):
+        tree.get("train", {}).pop("track", None)  # and shown elsewhere
     changed = list(differences(old, new))
     trained = any("loss" in row for row in Metrics(folder / "metrics.jsonl").read())
     if changed and not any((folder / "checkpoints").glob("step-*")) and not trained:

@@ -46,7 +46,8 @@ LINES: dict[str, tuple[set[str], set[str]]] = {
     "puna doctor smollm2-135m --data x --template ": ({"llama3", "chatml"}, set()),
     "puna doctor --d": ({"--data", "--dtype", "--device"}, {"--rows"}),
     "puna run sft --np": ({"--nproc"}, {"--config"}),
-    "puna runs ": ({"ls", "show"}, {"run"}),
+    "puna runs ": ({"ls", "show", "compare", "plot"}, {"run"}),
+    "puna runs ls --sort ": ({"valid_loss"}, {"--json"}),
     "puna verify runs/x --": ({"--json"}, set()),
     "puna quickstart pre": ({"pretrain."}, {"data."}),
     "puna quickstart pretrain.st": ({"pretrain.steps="}, {"pretrain.seed=", "steps="}),
@@ -164,3 +165,15 @@ def test_unknown_shell(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert "no completion for `bsh`; did you mean `bash`?" in done.stderr
     assert set(SCRIPTS) == {"bash", "zsh", "fish"}
+
+
+def test_run_folders_fit_where_a_run_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of runs are long and differ in their ends: typed by hand they are mistyped."""
+    command = typer.main.get_command(app)
+    for name in ("runs/one", "runs/two", "other"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "resolved.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert candidates(command, "puna runs show ") == ["other", "runs/one", "runs/two"]
+    assert candidates(command, "puna runs compare runs/one runs/t") == ["runs/two"]
+    assert candidates(command, f"puna runs plot {tmp_path}/runs/o") == [f"{tmp_path}/runs/one"]

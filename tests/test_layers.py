@@ -6,7 +6,22 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "puna"
 RANKS = [
-    ["errors", "ranks", "config", "log", "device", "files", "run_folder", "packages", "report", "lineage", "integrity"],
+    [
+        "errors",
+        "ranks",
+        "config",
+        "log",
+        "device",
+        "files",
+        "run_folder",
+        "packages",
+        "report",
+        "lineage",
+        "integrity",
+        "track",
+        "chart",
+        "runs",
+    ],
     ["ops", "dist"],
     ["model", "tokenizer"],
     ["lora", "quant"],

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from puna.report import BUCKETS, CSS, Curves, Facts, Report, Samples, Series, Table, write_report
+from puna.chart import BUCKETS, Curves, Series
+from puna.report import CSS, Facts, Report, Samples, Table, write_report
 
 HOSTILE = "<script>alert('1')</script> \"quoted\" & </style></title></p> \x00\x1b[0m\x85\ud800\uffff שלום \u202e 🦙"
 SHOWN = HOSTILE.translate({0: "␀", 0x1B: "␛", 0x85: "\ufffd", 0xD800: "\ufffd", 0xFFFF: "\ufffd"})

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ _KNOWN = {
     "--save-dtype": ("bf16", "fp32", "fp16"),
     "--template": ("llama2", "llama3", "llama3.1", "llama3.2", "llama3.2-pythonic", "llama3.3", "chatml"),
     "--split": ("train", "valid"),
+    "--sort": ("name", "state", "model", "steps", "loss", "valid_loss", "seconds"),
 }  # fmt: skip
 SCRIPTS = {
     "bash": r"""_puna() {
@@ -112,9 +114,19 @@ def _fitting(command: Any, awaits: Any, given: Sequence[str], current: str) -> S
         return list(RECIPES)
     if kind == "CONFIG":
         return [*CONFIGS, *RECIPES]
+    if kind.startswith("RUN"):
+        return _runs(current)
     if kind != "[KEY=VALUE]...":
         return _KNOWN.get(kind.strip("[]"), ())  # [MODEL]: one that may be left out
     return _key_words(given[0] if given[0] in RECIPES else recipe_of(config_file(given[0])), current)
+
+
+def _runs(current: str) -> list[str]:
+    """Run folders here and two levels below, or below the folder that is being typed."""
+    from puna.runs import find_runs
+
+    typed = Path(current).parent if "/" in current else Path(".")
+    return [str(run.folder) for run in find_runs(typed.expanduser(), depth=2) if str(run.folder) != "."]
 
 
 def _step_words(current: str) -> list[str]:

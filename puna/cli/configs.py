@@ -60,9 +60,9 @@ def ls(
 
     sections = {"recipes": RECIPES, "configs": CONFIGS}
     if what == "runs":
-        from puna.cli.runs import find_runs
+        from puna.cli.runs import list_runs, print_runs
 
-        print_rows(find_runs(Path(".")), as_json)
+        print_runs(list_runs(Path(".")), as_json)
         return
     if what == "tasks":
         print_rows(_tasks(), as_json)

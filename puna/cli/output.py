@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+from puna.log import harmless
+
 Json = typer.Option(False, "--json", help="Print JSON.")
 
 
@@ -39,3 +41,19 @@ def print_fields(fields: dict[str, Any], as_json: bool) -> None:
             value = f"{value:,}"
         lines = textwrap.wrap(str(value), room, break_on_hyphens=False) or [""]
         print(f"{name:{width}}  " + f"\n{'':{width}}  ".join(lines))
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> None:
+    """Aligned columns under a heading: those of `left` are text; digits of the others stand under digits."""
+    table = [[harmless(cell.replace("\n", " ")) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = [f"{c:{w}}" if i in left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells).rstrip())
+
+
+def number(value: Any, form: str = "") -> str:
+    """A cell: four digits, or as `form` says; `–` for what is not there or not finite."""
+    if isinstance(value, float):
+        return format(value, form or ("#.4g" if 1e-3 <= abs(value) < 1e4 else ".4g"))
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -171,10 +171,10 @@ def _show_tuned(run: Path, merged: Path) -> None:
 def _write_report(output: Path, names: list[str]) -> None:
     from puna.report import Facts, Heading, Report, Section, write_report
     from puna.run_folder import environment
-    from puna.train.run_report import flat, run_sections, summary
+    from puna.train.run_report import facts, run_sections, summary
 
     sections: list[Section] = []
     for name in (name for name in names if name in _TITLES):
         sections += [Heading(_TITLES[name], summary(output / name)), *run_sections(output / name)]
-    sections.append(Facts("Ran on", flat(environment())))
+    sections.append(Facts("Ran on", facts(environment())))
     write_report(output / "report.html", Report("puna quickstart", "From raw text to a tuned Llama", sections))

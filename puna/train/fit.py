@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field, PositiveInt
@@ -57,6 +57,8 @@ class TrainConfig(Config):
 
     accumulate: PositiveInt = 1
     """Micro-batches a step; the gradient is that of one batch of all of them."""
+    track: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Where else to show metrics.jsonl while it grows: each adds a process, none can stop the run (puna[track])."""
     evaluate_every: int | None = None
     """Steps between validations; null: five times in the run."""
     save_every: int | None = None

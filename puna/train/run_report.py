@@ -1,16 +1,15 @@
-"""report.html of a finished run, from the files in its folder alone."""
+"""report.html of a run, from the files in its folder alone."""
 
-import json
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from puna.chart import Curves, Series
 from puna.config import read_yaml
 from puna.lineage import parents_of
 from puna.log import Metrics, clock
-from puna.report import Curves, Facts, Report, Samples, Section, Series, Table, write_report
+from puna.report import Facts, Report, Samples, Section, Table, write_report
 from puna.run_folder import environment
+from puna.runs import RunView, flat, read_run
 
 _LOSSES = {"valid_loss": "held-out conversations", "watched_loss": "conversations of another kind"}
 _VALIDATION = {
@@ -18,28 +17,31 @@ _VALIDATION = {
     "valid_loss": "validation loss",
     "gap": "gap: validation less training",
 }
+_OF_A_STEP = {"step", "loss", "lr", "grad_norm", "n", "tokens", "tok_s", "seconds", "memory"}
 
 
-def write_run_report(folder: Path) -> Path:
-    """Curves, samples, before and after, what it was made from, what it ran on."""
-    recipe = read_yaml(folder / "resolved.yaml")["recipe"]
-    target = folder / "report.html"
-    sections = [*run_sections(folder), Facts("Ran on", flat(environment()))]
-    write_report(target, Report(f"{recipe}: {folder}", summary(folder), sections))
+def write_run_report(folder: Path, target: Path | None = None) -> Path:
+    """Curves, samples, before and after, what it was made from, what it ran on; of a run as it stands."""
+    target = target or folder / "report.html"
+    sections = [*run_sections(folder), Facts("Ran on", facts(environment()))]
+    write_report(target, Report(f"{read_run(folder).recipe}: {folder}", summary(folder), sections))
     return target
 
 
 def summary(folder: Path) -> str:
-    """`75 steps, 10,000 trained tokens, 2:30`."""
-    result = _json(folder / "result.json")
-    return f"{result['steps']:,} steps, {result['tokens']:,} trained tokens, {clock(result['seconds'])}"
+    """`75 steps, 10,000 trained tokens, 2:30`, and how a run that is not finished ended."""
+    run = read_run(folder)
+    ended = {**run.last, "steps": run.steps, **run.result}
+    done = f"{ended['steps']:,} steps, {ended.get('tokens', 0):,} trained tokens, {clock(ended.get('seconds', 0))}"
+    state, why = run.state
+    planned = f" of {run.planned:,} steps" * bool(run.planned)
+    return done if run.result else f"{state} after {run.steps:,}{planned}{f': {why}' * bool(why)}; {done}"
 
 
 def run_sections(folder: Path) -> list[Section]:
-    """What a run's own files tell, as sections of a report."""
-    result, given = _json(folder / "result.json"), flat(read_yaml(folder / "config.yaml"))
-    rows = Metrics(folder / "metrics.jsonl").read()
-    trained = [row for row in rows if "loss" in row]
+    """What a run's own files tell, as sections of a report; one that has nothing to tell is left out."""
+    run = read_run(folder)
+    result, given, rows, trained = run.result, facts(run.given), run.rows, run.trained
     sections: list[Section] = []
     if tasks := result.get("tasks"):
         sections.append(_tasks(tasks, read_yaml(folder / "resolved.yaml")["judge"]))
@@ -48,33 +50,29 @@ def run_sections(folder: Path) -> list[Section]:
     if read_yaml(folder / "resolved.yaml")["recipe"] == "pretrain":
         sections += _pretraining(rows, trained)
     else:
-        sections += [*_losses(rows), _training(trained)]
+        sections += [*_losses(rows), *_training(trained)]
     if any("bits_per_byte" in row for row in rows):
         held_out = [_series("validation", rows, "bits_per_byte", dots=True)]
         sections.append(Curves("Held-out text", "step", "bits per byte", held_out))
-    sections.append(Curves("Speed", "step", "tokens a second", [_series("training", trained, "tok_s")]))
+    sections += _machinery(trained)
     if written := Metrics(folder / "samples.jsonl").read():
         # A continuation repeats its prompt; an answer does not, and gets a line of its own.
         texts = [(row, row["text"].removeprefix(row["prompt"])) for row in written]
         items = [(row["step"], row["prompt"], t if t != row["text"] else f"\n{t}") for row, t in texts]
         sections.append(Samples("What it wrote while learning", items))
-    measured: dict[str, Any] = {k: v for k, v in result.items() if isinstance(v, int | float)}
-    measured["seconds"] = (_predicted(given, trained, result), round(result["seconds"], 1))
-    sections.append(Facts("Predicted and measured", measured))
-    sections.append(Facts("Made from", _lineage(folder)))
+    if result:
+        measured: dict[str, Any] = {k: v for k, v in result.items() if isinstance(v, int | float)}
+        measured["seconds"] = (_predicted(run), round(result["seconds"], 1))
+        sections.append(Facts("Predicted and measured", measured))
+    if run.made_from:
+        sections.append(Facts("Made from", _lineage(run.made_from)))
     sections.append(Facts("Given", given))
     return sections
 
 
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value if isinstance(value, int | float | None) else str(value)
-    return found
+def facts(values: Any) -> dict[str, Any]:
+    """Nested mappings as the facts of a report."""
+    return {k: v if isinstance(v, int | float | None) else str(v) for k, v in flat(values).items()}
 
 
 def _tasks(rows: list[dict[str, Any]], judge: Any) -> Table:
@@ -106,7 +104,7 @@ def _pretraining(rows: list[dict[str, Any]], trained: list[dict[str, Any]]) -> l
     """Training and validation loss on one scale, and how far apart they and how often the text was read in the end."""
     validated = [row for row in rows if "valid_loss" in row]
     if not validated:
-        return [_training(trained)]
+        return _training(trained)
     series = [_series("training", trained, "loss"), _series("validation", validated, "valid_loss", dots=True)]
     last = validated[-1]
     facts = {name: last[key] for key, name in _VALIDATION.items() if key in last}
@@ -115,8 +113,26 @@ def _pretraining(rows: list[dict[str, Any]], trained: list[dict[str, Any]]) -> l
     return [curves, Facts("At the last validation", facts)]
 
 
-def _training(trained: list[dict[str, Any]]) -> Section:
-    return Curves("Training loss", "step", "nats a token", [_series("training", trained, "loss")])
+def _training(trained: list[dict[str, Any]]) -> list[Section]:
+    """The training loss, with the parts that an objective tells of it."""
+    parts = dict.fromkeys(key for row in trained[:1] for key in row if key not in _OF_A_STEP)
+    series = [_series("training", trained, "loss"), *(_series(k.replace("_", " "), trained, k) for k in parts)]
+    return [Curves("Training loss", "step", "nats a token", series)] if trained else []
+
+
+def _machinery(trained: list[dict[str, Any]]) -> list[Section]:
+    """How the steps went, whatever they taught."""
+    sections: list[Section] = []
+    for title, key, unit, scale, log in (
+        ("Speed", "tok_s", "tokens a second", 1, False),
+        ("Gradient norm before clipping", "grad_norm", "norm", 1, True),
+        ("Learning rate", "lr", "rate", 1, False),
+        ("Memory at most", "memory", "GB", 1e-9, False),
+    ):
+        points = [(row["step"], row[key] and scale * row[key]) for row in trained if key in row]
+        if any(value for _, value in points):
+            sections.append(Curves(title, "step", unit, [Series("training", points)], log))
+    return sections
 
 
 def _losses(rows: list[dict[str, Any]]) -> list[Section]:
@@ -125,7 +141,7 @@ def _losses(rows: list[dict[str, Any]]) -> list[Section]:
         if found := [row for row in rows if key in row]:
             series.append(_series(name, found, key, dots=True))
             first, last = found[0][key], found[-1][key]  # None: not finite
-            change = f"{100 * (last / first - 1):+.1f} %" if first and last else "not finite"
+            change = f"{100 * (last / first - 1):+.1f}\u00a0%" if first and last else "not finite"
             cells.append([name, first, last, change])
     if not series:
         return []
@@ -133,24 +149,16 @@ def _losses(rows: list[dict[str, Any]]) -> list[Section]:
     return [table, Curves("Held-out conversations", "step", "nats a token", series)]
 
 
-def _predicted(given: dict[str, Any], trained: list[dict[str, Any]], result: dict[str, Any]) -> float | None:
+def _predicted(run: RunView) -> float | None:
     """What was promised where time was given, else what the first steps foretold."""
-    if given.get("seconds"):
-        return given["seconds"]
-    times = [b["seconds"] - a["seconds"] for a, b in pairwise(trained[:5])]
-    return round(median(times) * result["steps"], 1) if times else None
+    step = run.step_seconds()
+    return run.config.get("seconds") or (round(step * run.result["steps"], 1) if step else None)
 
 
-def _lineage(folder: Path) -> dict[str, Any]:
-    """From the puna.json of what the run wrote."""
-    made = _json(folder / "final" / "puna.json")
+def _lineage(made: dict[str, Any]) -> dict[str, Any]:
     parents = ", ".join(p["path"] for p in parents_of(made)) or "nothing"
     return {"parents": parents, "data": made.get("data"), "tokenizer": made.get("tokenizer"), "puna": made.get("puna")}
 
 
 def _series(name: str, rows: list[dict[str, Any]], key: str, dots: bool = False) -> Series:
     return Series(name, [(row["step"], row[key]) for row in rows if key in row], dots)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
