@@ -17,6 +17,7 @@ from puna.cli import (
     download,
     evaluate,
     inspect,
+    migrate,
     models,
     quantize,
     quickstart,
@@ -42,6 +43,7 @@ configs.register(app)
 models.register(app)
 inspect.register(app)
 convert.register(app)
+migrate.register(app)
 quantize.register(app)
 chat.register(app)
 evaluate.register(app)

@@ -1,0 +1,180 @@
+"""Which rows a torchtune config learns from: its dataset builders as sources of puna's."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from puna.errors import UsageError
+from puna.migrate.asked import Asked
+from puna.migrate.page import DEFAULT, Page
+
+_SEQ_LEN = 2048  # where torchtune had no limit: what nearly all chat rows fit in
+_LOADERS = ("json", "csv", "parquet", "text")
+_SLICE = re.compile(r"(\w+)(?:\[:(\d+)(%?)\])?")
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """What a dataset builder of torchtune's does where its config does not say."""
+
+    format: str
+    hub: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
+    train_on_input: bool = False
+    subset: str = ""
+
+
+_BUILDERS = {
+    "alpaca_dataset": _Builder("alpaca", "tatsu-lab/alpaca", train_on_input=True),
+    "alpaca_cleaned_dataset": _Builder("alpaca", "yahma/alpaca-cleaned", train_on_input=True),
+    "instruct_dataset": _Builder("columns", columns={"input": "input", "output": "output"}),
+    "samsum_dataset": _Builder("columns", "Samsung/samsum", {"input": "dialogue", "output": "summary"}),
+    "grammar_dataset": _Builder("columns", "liweili/c4_200m", {"input": "input", "output": "output"}),
+    "slimorca_dataset": _Builder("sharegpt", "Open-Orca/SlimOrca-Dedup", {"conversations": "conversations"}),
+    "chat_dataset": _Builder("auto"),
+    "text_completion_dataset": _Builder("text", columns={"text": "text"}),
+    "wikitext_dataset": _Builder("text", "EleutherAI/wikitext_document_level", {"text": "page"}, subset="wikitext-103-v1"),
+    "cnn_dailymail_articles_dataset": _Builder("text", "ccdv/cnn_dailymail", {"text": "article"}, subset="3.0.0"),
+}  # fmt: skip
+_STYLES = {"sharegpt": ("sharegpt", "conversations"), "openai": ("messages", "messages")}
+_OURS = {"input": "prompt", "output": "completion"}
+
+
+def rows(asked: Asked, page: Page) -> None:
+    """The data, how it is cut and packed, and what of it is trained."""
+    given = asked.take("dataset")
+    listed: list[Any] = given if isinstance(given, list) else [given]
+    if not listed or not all(isinstance(part, dict) for part in listed):
+        raise UsageError("no dataset in this config", where=asked.where, fix="add `dataset._component_`")
+    parts = [Asked(part, asked.where) for part in listed]
+    named = _names(parts) if len(parts) > 1 else [""]
+    packed, everything = [], []
+    for part, name in zip(parts, named, strict=True):
+        prefix = f"data.sources.{name}" if name else "data"
+        builder = _source(part, page, prefix, f"dataset.{name}" if name else "dataset")
+        packed.append(part.flag("packed"))
+        everything.append(part.flag("train_on_input", builder.train_on_input))
+        for key, value in part.left():
+            page.lost[f"dataset.{key}"] = f"{value}: not understood"
+    _trained(page, everything, texts=[_format(page, name) == "text" for name in named])
+    _length(asked, page, parts)
+    page.put("packed", all(packed), "dataset.packed")
+    page.put("valid_fraction", 0.0, "torchtune holds nothing out")
+
+
+def _source(part: Asked, page: Page, prefix: str, section: str) -> _Builder:
+    """One dataset's lines under `prefix`, and its builder."""
+    name = part.name()
+    if name not in _BUILDERS:
+        raise UsageError(
+            f"`{part.component()}` is not a dataset that puna knows", where=part.where,
+            cause="puna never imports what a config names", fix=f"data.path=FILE; of torchtune: {', '.join(_BUILDERS)}",
+        )  # fmt: skip
+    builder = _BUILDERS[name]
+    _place(part, page, builder, prefix, section)
+    shape, columns = builder.format, _columns(part, builder)
+    if name == "chat_dataset":
+        style = part.take("conversation_style", "")
+        if style not in _STYLES:
+            raise UsageError(f"conversation_style is {style!r}", where=part.where, fix=f"one of {', '.join(_STYLES)}")
+        shape, key = _STYLES[style]
+        columns = {key: part.take("conversation_column", key)}
+    page.put(f"{prefix}.format", shape, name)
+    renamed = {_OURS.get(key, key): value for key, value in columns.items()}
+    if shape in ("columns", "text") or any(key != value for key, value in renamed.items()):
+        page.put(f"{prefix}.columns", renamed, "column_map" if "column_map" in part.values else f"of {name}")
+    if shape == "alpaca":
+        page.lost[f"{section}: frame"] = (
+            f"{name} puts `Below is an instruction ... ### Response:` around every prompt; puna's turns are the "
+            "template's alone, as the model is spoken to afterwards"
+        )
+    if shape == "text" and not part.flag("add_eos", True):
+        page.lost[f"{section}.add_eos"] = "False: a text always ends with EOS, or the model never learns to stop"
+    _leftovers(part, page, section)
+    return builder
+
+
+def _place(part: Asked, page: Page, builder: _Builder, prefix: str, section: str) -> None:
+    """Files, or a data set of the hub."""
+    source, files = part.take("source", builder.hub), part.take("data_files")
+    if isinstance(files, dict):
+        files = files.get(part.values.get("split", "train")) or next(iter(files.values()))
+    listed = files if isinstance(files, list) else [files] if files else []
+    if len(listed) > 1:
+        page.lost[f"{section}.data_files"] = (
+            f"{', '.join(map(str, listed[1:]))}: data.path is a file, a folder or a pattern"
+        )
+    if source in _LOADERS or PurePath(str(source)).is_absolute() or str(source).startswith((".", "~")):
+        place = listed[0] if listed else source
+        if place in _LOADERS:
+            raise UsageError(f"`{section}.data_files` is missing", where=part.where, fix="the file of rows")
+        page.put(f"{prefix}.path", place, f"{section}.data_files" if listed else f"{section}.source")
+        part.take("split")
+        return
+    if not source:
+        raise UsageError(f"`{section}.source` is missing", where=part.where, fix="org/name of the hub, or json")
+    page.put(f"{prefix}.hub", source, f"{section}.source" if "source" in part.values else f"what {part.name()} reads")
+    if listed:
+        page.put(f"{prefix}.file", listed[0], f"{section}.data_files")
+    subset = part.take("name") or part.take("subset") or builder.subset
+    if subset and not listed:
+        page.put(f"{prefix}.file", f"{subset}/*", f"the subset {subset}")
+    _split(part, page, prefix, section)
+
+
+def _split(part: Asked, page: Page, prefix: str, section: str) -> None:
+    """`train`, or `train[:1000]`, of which a share cannot be said."""
+    split = str(part.take("split", "train"))
+    found = _SLICE.fullmatch(split)
+    page.put(f"{prefix}.split", found[1] if found else split.partition("[")[0], f"{section}.split")
+    if found and found[2] and not found[3]:
+        page.put(f"{prefix}.limit", int(found[2]), f"{section}.split")
+    elif found is None or found[3]:
+        page.lost[f"{section}.split"] = f"{split}: data.limit takes the first so many rows"
+
+
+def _columns(part: Asked, builder: _Builder) -> dict[str, str]:
+    given = part.take("column_map") or {}
+    if builder.format == "text":
+        return {"text": part.take("column", builder.columns["text"])}
+    return {**builder.columns, **given}
+
+
+def _leftovers(part: Asked, page: Page, section: str) -> None:
+    if prompt := part.take("new_system_prompt"):
+        page.lost[f"{section}.new_system_prompt"] = f"{str(prompt)[:60]!r}: put a system message into the rows"
+    if part.take("filter_fn"):
+        page.lost[f"{section}.filter_fn"] = "a function of your own: data.select has filters, or filter the file"
+    for key in ("split_across_pack", "trust_remote_code", "streaming"):
+        if part.take(key):
+            page.same.append(f"{section}.{key} as data is always read")
+
+
+def _trained(page: Page, everything: list[bool], texts: list[bool]) -> None:
+    if all(texts):
+        return
+    if len(set(everything)) > 1:
+        page.lost["dataset.train_on_input"] = "it differs between data sets; train_on is one for all"
+    page.put("train_on", ["user", "assistant"] if all(everything) else "all", "train_on_input")
+
+
+def _length(asked: Asked, page: Page, parts: list[Asked]) -> None:
+    limits = [
+        limit for limit in [asked.take("tokenizer.max_seq_len"), *(p.take("max_seq_len") for p in parts)] if limit
+    ]
+    page.put("seq_len", min(limits, default=_SEQ_LEN), "max_seq_len" if limits else "torchtune had no limit")
+
+
+def _format(page: Page, name: str) -> str:
+    return page.given()[f"data.sources.{name}.format" if name else "data.format"]
+
+
+def _names(parts: list[Asked]) -> list[str]:
+    """A name for each part of a mixture: the end of its source's."""
+    names: list[str] = []
+    for part in parts:
+        source = str(part.values.get("source") or part.name().removesuffix("_dataset"))
+        stem = re.sub(r"\W+", "_", PurePath(source).stem) or "rows"
+        names.append(stem if stem not in names else f"{stem}_{len(names)}")
+    return names
