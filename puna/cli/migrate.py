@@ -21,10 +21,10 @@ def migrate(
     ] = None,
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, help="Devices it ran on. Default: of the `tune run` line in its comments, or 1."),
+        typer.Option(min=1, help="Devices it ran on. Default: as the `tune run` in its comments says, or 1."),
     ] = None,
 ) -> None:
-    """Turn a torchtune config into one of puna's, naming what it cannot carry over: puna migrate mine.yaml -o puna.yaml"""
+    """Turn a torchtune config into one of puna's, naming what is lost: puna migrate mine.yaml -o puna.yaml"""
     from puna.migrate.page import written
     from puna.migrate.torchtune import migrated
     from puna.recipes import load

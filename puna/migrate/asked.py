@@ -8,6 +8,15 @@ from typing import Any
 from puna.config import nearest_path, plain, read_yaml
 from puna.errors import UsageError
 
+_SWITCHES = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "none": False,
+}  # YAML 1.1
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
 
@@ -28,6 +37,13 @@ class Asked:
             found = found[part]
         return found
 
+    def has(self, key: str) -> bool:
+        """Whether a dotted key is there with a value; it stays unread."""
+        found: Any = self.values
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found is not None
+
     def flag(self, key: str, default: bool = False) -> bool:
         """The same of a switch; null is off.
 
@@ -35,9 +51,22 @@ class Asked:
             UsageError: it is neither true nor false.
         """
         value = self.take(key, default)
-        if value not in (True, False, None):
-            raise UsageError(f"`{key}` is {value!r}, neither True nor False", where=self.where)
-        return bool(value)
+        found = _SWITCHES.get(str(value).lower())
+        if found is None:
+            fix = f"{key}: True, or False"
+            raise UsageError(f"`{key}` is {value!r}, neither True nor False", where=self.where, fix=fix)
+        return found
+
+    def count(self, key: str, default: int | None = None) -> int | None:
+        """The same of a whole number.
+
+        Raises:
+            UsageError: it is something else.
+        """
+        value = self.take(key, default)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise UsageError(f"`{key}` is {value!r}, not a whole number", where=self.where, fix=f"{key}: 1, say")
+        return value
 
     def component(self, section: str = "") -> str:
         """The dotted path that builds a section (or the whole), as it is written; empty where there is none."""
@@ -49,13 +78,13 @@ class Asked:
         return self.component(section).rpartition(".")[2]
 
     def left(self) -> Iterator[tuple[str, Any]]:
-        """Every key that nobody took, and its value."""
+        """Every key with a value that nobody took."""
         return self._left(self.values, "")
 
     def _left(self, values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in values.items():
             name = f"{prefix}{key}"
-            if name in self._taken:
+            if name in self._taken or value is None:
                 continue
             if isinstance(value, Mapping) and value:
                 yield from self._left(value, f"{name}.")

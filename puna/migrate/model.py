@@ -38,9 +38,10 @@ def model(asked: Asked, page: Page) -> None:
 
 def _adapters(asked: Asked, page: Page) -> None:
     for theirs, (ours, default) in _LORA.items():
-        source = f"model.{theirs}" if f"model.{theirs}" in dict(asked.left()) else DEFAULT
+        source = f"model.{theirs}" if asked.has(f"model.{theirs}") else DEFAULT
         page.put(f"lora.{ours}", asked.take(f"model.{theirs}", default), source)
-    names = asked.take("model.lora_attn_modules", [])
+    given = asked.take("model.lora_attn_modules") or []
+    names = [str(name) for name in (given if isinstance(given, list) else [given])]
     if unknown := [name for name in names if name not in _ATTENTION]:
         fix = f"of {', '.join(_ATTENTION)}"
         raise UsageError(f"model.lora_attn_modules: no layer `{unknown[0]}`", where=asked.where, fix=fix)
@@ -76,9 +77,8 @@ def folder(asked: Asked, page: Page, section: str) -> str:
         asked.take(f"{section}.{key}")
     if adapter := asked.take(f"{section}.adapter_checkpoint"):
         page.lost[f"{section}.adapter_checkpoint"] = f"to go on from {adapter}: puna merge it, and set model to that"
-    if asked.take(f"{section}.recipe_checkpoint") or (
-        section == "checkpointer" and asked.flag("resume_from_checkpoint")
-    ):
+    state = asked.take(f"{section}.recipe_checkpoint")
+    if section == "checkpointer" and (asked.flag("resume_from_checkpoint") or state):
         page.lost["resume_from_checkpoint"] = "the state of torchtune's optimizer: puna starts anew from the weights"
     return found.rstrip("/") or "/"
 
@@ -97,10 +97,9 @@ def tokenizer(asked: Asked, page: Page) -> None:
         page.lost["tokenizer.path"] = f"{path}: puna takes the tokenizer that lies beside the weights"
     if special := asked.take("tokenizer.special_tokens_path"):
         page.lost["tokenizer.special_tokens_path"] = f"{special}: puna takes the control tokens beside the weights"
-    given = "prompt_template" in asked.values.get("tokenizer", {})
-    wanted = asked.take("tokenizer.prompt_template")
-    usual = wanted is None if kind == "llama3_tokenizer" else not given or str(wanted).endswith("Llama2ChatTemplate")
-    if not usual:
+    wanted = asked.take("tokenizer.prompt_template", "")  # null takes away the one that Llama 2's has by default
+    usual = str(wanted).endswith("Llama2ChatTemplate") if kind == "llama2_tokenizer" else wanted is None
+    if wanted != "" and not usual:
         page.lost["tokenizer.prompt_template"] = (
             f"{_short(wanted)}: text around the messages; puna writes turns by the model's template alone. Words "
             "around a column go into data.columns: {prompt: 'Summarize: {dialogue}'}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DEFAULT = "torchtune's default"
-_PLAIN = re.compile(r"[A-Za-z/~][\w/.~+-]*")
+_PLAIN = re.compile(r"(?:[A-Za-z/]|~/)[\w/.~+-]*")
 _WORDS = {"true", "false", "null", "yes", "no", "on", "off"}
 _COLUMN, _WIDTH = 36, 110
 
@@ -53,7 +53,7 @@ KNOBS = {
     "train.skip_budget": "bad steps in a row that may be skipped; 0: the first one stops the run",
     "train.track": "where metrics go besides metrics.jsonl",
     "train.optimizer.kind": "adamw8bit: a quarter of the optimizer's memory; adamw: exact",
-    "train.optimizer.in_backward": "true: gradients are not kept, less memory; needs accumulate 1, clip 0, skip_budget 0",
+    "train.optimizer.in_backward": "true: no gradients kept, less memory; needs accumulate 1, clip 0, skip_budget 0",
     "train.optimizer.lr": "higher: learns faster until it diverges; adapters take ten times what full training does",
     "train.optimizer.betas": "higher: steadier and slower to follow",
     "train.optimizer.eps": "higher: damps steps of weights with small gradients",
@@ -136,7 +136,8 @@ def _yaml(tree: dict[str, Any], page: Page, indent: str) -> Iterator[str]:
             continue
         value, source = page.lines[inner]
         knob = KNOBS.get(inner, "") or _SOURCE.get(name, "")
-        why = f"# {knob} ({source})" if knob and source else f"# {knob or source}" if knob or source else ""
+        from_where = f" ({source})" if source and source.rpartition(".")[2] != name else ""
+        why = f"# {knob}{from_where}" if knob else ""
         line = f"{indent}{name}: {scalar(value)}"
         if len(line) + 2 > _COLUMN and why:
             yield f"{indent}{why}"

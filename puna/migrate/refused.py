@@ -59,9 +59,10 @@ def _preferences(asked: Asked) -> None:
 
 def _other_verbs(asked: Asked) -> None:
     """What torchtune has recipes for and puna verbs."""
-    model = asked.values.get("checkpointer", {}).get("checkpoint_dir") or "MODEL"
+    model = asked.take("checkpointer.checkpoint_dir") or "MODEL"
     if "tasks" in asked.values:
-        names = ",".join(map(str, asked.values["tasks"]))
+        listed = asked.values["tasks"]
+        names = ", ".join(map(str, listed if isinstance(listed, list) else [listed]))
         own = f"puna eval {model} --tasks NAME (puna ls tasks); {names} are lm-eval's: docs/from-torchtune.md"
         _no(asked, "an evaluation, which is a verb of puna's", "", own)
     if "prompt" in asked.values or "max_new_tokens" in asked.values:

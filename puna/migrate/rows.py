@@ -7,7 +7,7 @@ from typing import Any
 
 from puna.errors import UsageError
 from puna.migrate.asked import Asked
-from puna.migrate.page import DEFAULT, Page
+from puna.migrate.page import Page
 
 _SEQ_LEN = 2048  # where torchtune had no limit: what nearly all chat rows fit in
 _LOADERS = ("json", "csv", "parquet", "text")
@@ -34,7 +34,9 @@ _BUILDERS = {
     "slimorca_dataset": _Builder("sharegpt", "Open-Orca/SlimOrca-Dedup", {"conversations": "conversations"}),
     "chat_dataset": _Builder("auto"),
     "text_completion_dataset": _Builder("text", columns={"text": "text"}),
-    "wikitext_dataset": _Builder("text", "EleutherAI/wikitext_document_level", {"text": "page"}, subset="wikitext-103-v1"),
+    "wikitext_dataset": _Builder(
+        "text", "EleutherAI/wikitext_document_level", {"text": "page"}, subset="wikitext-103-v1"
+    ),
     "cnn_dailymail_articles_dataset": _Builder("text", "ccdv/cnn_dailymail", {"text": "article"}, subset="3.0.0"),
 }  # fmt: skip
 _STYLES = {"sharegpt": ("sharegpt", "conversations"), "openai": ("messages", "messages")}
@@ -99,7 +101,7 @@ def _place(part: Asked, page: Page, builder: _Builder, prefix: str, section: str
     """Files, or a data set of the hub."""
     source, files = part.take("source", builder.hub), part.take("data_files")
     if isinstance(files, dict):
-        files = files.get(part.values.get("split", "train")) or next(iter(files.values()))
+        files = files.get(part.values.get("split", "train")) or list(files.values())
     listed = files if isinstance(files, list) else [files] if files else []
     if len(listed) > 1:
         page.lost[f"{section}.data_files"] = (

@@ -10,7 +10,7 @@ from puna.migrate.refused import check
 
 _RANKS = re.compile(r"--nproc[_-]per[_-]node[ =](\d+)")
 _DOWNLOAD = re.compile(r"tune download ([\w.-]+/[\w.-]+)")
-_DISTRIBUTED = ("custom_sharded_layers", "fsdp", "fsdp_cpu_offload", "tensor_parallel_dim", "fsdp_sharding_strategy")
+_DISTRIBUTED = ("custom_sharded_layers", "fsdp", "fsdp_cpu_offload", "tensor_parallel_dim")
 
 
 def migrated(file: Path, ranks: int | None = None) -> Page:

@@ -11,14 +11,9 @@ _OPTIMIZERS = {
     "AdamW8bit": "adamw8bit", "PagedAdamW8bit": "adamw8bit",
 }  # fmt: skip
 _LOSSES = ("CEWithChunkedOutputLoss", "LinearCrossEntropyLoss", "CrossEntropyLoss")
-_SPEED = ("fused", "foreach", "capturable", "maximize", "differentiable")
+_SPEED = ("fused", "foreach", "capturable")
 _LOGGERS = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard", "DiskLogger": "", "StdoutLogger": ""}
-_SHARDING = (
-    "custom_sharded_layers",
-    "fsdp_reshard_after_forward",
-    "memory_efficient_fsdp_wrap",
-    "fsdp_sharding_strategy",
-)
+_SHARDING = ("custom_sharded_layers", "fsdp_reshard_after_forward", "memory_efficient_fsdp_wrap")
 _ALWAYS = {"shuffle": True, "log_peak_memory_stats": True, "log_every_n_steps": 1, "log_level": "INFO"}
 
 
@@ -84,7 +79,7 @@ def _clipping(asked: Asked, page: Page) -> None:
 
 def length(asked: Asked, page: Page) -> None:
     """How long, and with which seed."""
-    epochs, most = asked.take("epochs", 1), asked.take("max_steps_per_epoch")
+    epochs, most = asked.count("epochs", 1) or 1, asked.count("max_steps_per_epoch")
     if most is None:
         page.put("epochs", epochs, "epochs")
     else:
@@ -103,7 +98,9 @@ def loss(asked: Asked, page: Page) -> None:
     kind = asked.name("loss")
     if kind and kind not in _LOSSES:
         raise UsageError(
-            f"puna has no loss `{kind}`", where=asked.where, fix="CEWithChunkedOutputLoss: docs/objectives.md"
+            f"puna has no loss `{kind}`",
+            where=asked.where,
+            fix="CEWithChunkedOutputLoss, or write it: docs/objectives.md",
         )
     asked.take("loss.num_output_chunks")
     asked.take("loss.ignore_index")
@@ -140,7 +137,7 @@ def memory(asked: Asked, page: Page) -> None:
 
 def devices(asked: Asked, page: Page) -> None:
     """How the model is spread over ranks. Their number stands in no key: it was on torchrun's command line."""
-    size = asked.take("batch_size", 2)
+    size = asked.count("batch_size", 1) or 1
     each = f"{size} x {page.ranks} devices: batch_size counts those of all" if page.ranks > 1 else "batch_size"
     page.put("batch_size", size * page.ranks, each)
     offload = [key for key in ("fsdp_cpu_offload", "fsdp.cpu_offload") if asked.flag(key)]
