@@ -122,7 +122,13 @@ def quantizer(asked: Asked, page: Page) -> None:
         fix = "Int8DynActInt4WeightQATQuantizer, or puna quantize after training"
         raise UsageError(f"puna does not train for `{kind}`", where=asked.where, fix=fix)
     page.put("qat.scheme", scheme, kind)
-    page.put("qat.group", asked.take("quantizer.groupsize", 256), "quantizer.groupsize")
+    group = asked.count("quantizer.groupsize", 256)
+    if scheme == "int4" and group == 256:
+        page.lost["quantizer.groupsize"], group = "256: puna's int4 has groups of 32, 64 or 128", 128
+    page.put("qat.group", group, "quantizer.groupsize")
+    if page.given().get("lora.dropout"):
+        page.lost["model.lora_dropout"] = "base and adapter are rounded as one weight, with one input to both"
+        page.put("lora.dropout", 0.0, "not under qat")
     page.method = page.method.replace("Full fine-tuning", "QAT").replace("LoRA", "QAT with LoRA")
     output = page.given()["output"]
     source = f"{output}-merged" if page.given().get("lora", "") is not None else output

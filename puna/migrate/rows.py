@@ -31,7 +31,7 @@ _BUILDERS = {
     "instruct_dataset": _Builder("columns", columns={"input": "input", "output": "output"}),
     "samsum_dataset": _Builder("columns", "Samsung/samsum", {"input": "dialogue", "output": "summary"}),
     "grammar_dataset": _Builder("columns", "liweili/c4_200m", {"input": "input", "output": "output"}),
-    "slimorca_dataset": _Builder("sharegpt", "Open-Orca/SlimOrca-Dedup", {"conversations": "conversations"}),
+    "slimorca_dataset": _Builder("sharegpt", "Open-Orca/SlimOrca-Dedup"),
     "chat_dataset": _Builder("auto"),
     "text_completion_dataset": _Builder("text", columns={"text": "text"}),
     "wikitext_dataset": _Builder(
@@ -39,8 +39,7 @@ _BUILDERS = {
     ),
     "cnn_dailymail_articles_dataset": _Builder("text", "ccdv/cnn_dailymail", {"text": "article"}, subset="3.0.0"),
 }  # fmt: skip
-_STYLES = {"sharegpt": ("sharegpt", "conversations"), "openai": ("messages", "messages")}
-_OURS = {"input": "prompt", "output": "completion"}
+_STYLES = {"sharegpt": "conversations", "openai": "messages"}
 
 
 def rows(asked: Asked, page: Page) -> None:
@@ -75,18 +74,11 @@ def _source(part: Asked, page: Page, prefix: str, section: str) -> _Builder:
         )  # fmt: skip
     builder = _BUILDERS[name]
     _place(part, page, builder, prefix, section)
-    shape, columns = builder.format, _columns(part, builder)
-    if name == "chat_dataset":
-        style = part.take("conversation_style", "")
-        if style not in _STYLES:
-            raise UsageError(f"conversation_style is {style!r}", where=part.where, fix=f"one of {', '.join(_STYLES)}")
-        shape, key = _STYLES[style]
-        columns = {key: part.take("conversation_column", key)}
+    shape, columns = _shape(part, builder, page, section)
     page.put(f"{prefix}.format", shape, name)
-    renamed = {_OURS.get(key, key): value for key, value in columns.items()}
-    if shape in ("columns", "text") or any(key != value for key, value in renamed.items()):
-        page.put(f"{prefix}.columns", renamed, "column_map" if "column_map" in part.values else f"of {name}")
-    if shape == "alpaca":
+    if columns:
+        page.put(f"{prefix}.columns", columns, "column_map" if part.has("column_map") else name)
+    if builder.format == "alpaca":
         page.lost[f"{section}: frame"] = (
             f"{name} puts `Below is an instruction ... ### Response:` around every prompt; puna's turns are the "
             "template's alone, as the model is spoken to afterwards"
@@ -136,11 +128,28 @@ def _split(part: Asked, page: Page, prefix: str, section: str) -> None:
         page.lost[f"{section}.split"] = f"{split}: data.limit takes the first so many rows"
 
 
-def _columns(part: Asked, builder: _Builder) -> dict[str, str]:
-    given = part.take("column_map") or {}
+def _shape(part: Asked, builder: _Builder, page: Page, section: str) -> tuple[str, dict[str, str]]:
+    """The shape of the rows, and what their columns are called where that is not as usual."""
+    given = part.take("column_map")
+    columns = {**builder.columns, **(given if isinstance(given, dict) else {})}
+    if part.name() == "chat_dataset":
+        style = str(part.take("conversation_style", ""))
+        if style not in _STYLES:
+            raise UsageError(f"conversation_style is {style!r}", where=part.where, fix=f"one of {', '.join(_STYLES)}")
+        columns = {_STYLES[style]: part.take("conversation_column", _STYLES[style])}
+        return style, {} if columns == {_STYLES[style]: _STYLES[style]} else {"messages": columns[_STYLES[style]]}
     if builder.format == "text":
-        return {"text": part.take("column", builder.columns["text"])}
-    return {**builder.columns, **given}
+        return "text", {"text": part.take("column", columns["text"])}
+    if builder.format == "sharegpt":
+        turns = columns.get("conversations", "conversations")
+        return "sharegpt", {} if turns == "conversations" else {"messages": turns}
+    if builder.format == "alpaca" and not any(key != value for key, value in columns.items()):
+        return "alpaca", {}
+    if builder.format == "alpaca":
+        asked, about = columns.get("instruction", "instruction"), columns.get("input", "input")
+        page.lost[f"{section}.column_map"] = "rows without an input end their prompt with an empty line"
+        return "columns", {"prompt": f"{{{asked}}}\n\n{{{about}}}", "completion": columns.get("output", "output")}
+    return "columns", {"prompt": columns["input"], "completion": columns["output"]}
 
 
 def _leftovers(part: Asked, page: Page, section: str) -> None:

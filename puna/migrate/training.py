@@ -119,7 +119,10 @@ def memory(asked: Asked, page: Page) -> None:
         page.same.append("device: cuda where there is one")
     else:
         page.put("device", device, "device")
-    page.put("compile", asked.take("compile") not in (None, False), "compile")
+    compiled = asked.take("compile") not in (None, False)
+    if compiled and "qat.scheme" in page.given():
+        page.lost["compile"], compiled = "under qat the products are native calls already", False
+    page.put("compile", compiled, "compile")
     mode = asked.take("ac_mode")
     full = asked.flag("enable_activation_checkpointing")
     page.put(
