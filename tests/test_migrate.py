@@ -264,8 +264,8 @@ DATASETS = {
         "data.hub": "EleutherAI/wikitext_document_level", "data.file": "wikitext-2-v1/*", "data.split": "train",
         "data.format": "text", "data.columns": {"text": "page"},
     },
-    "text_completion_dataset\n  source: text\n  data_files: book.txt\n  column: body": {
-        "data.path": "book.txt", "data.format": "text", "data.columns": {"text": "body"},
+    "text_completion_dataset\n  source: json\n  data_files: books.jsonl\n  column: body": {
+        "data.path": "books.jsonl", "data.format": "text", "data.columns": {"text": "body"},
     },
 }  # fmt: skip
 
@@ -331,6 +331,7 @@ def test_what_is_lost_is_named(tmp_path: Path, old: str, new: str, lost: str) ->
         ("alpaca_cleaned_dataset", "stack_exchange_paired_dataset", "a DPO config"),
         ("alpaca_cleaned_dataset", "my_dataset", "not a dataset that puna knows"),
         ("model:\n", "policy_model:\n  _component_: torchtune.models.llama2.llama2_7b\nmodel:\n", "PPO or GRPO"),
+        ("alpaca_cleaned_dataset", "text_completion_dataset\n  source: text\n  data_files: a.txt", "reads plain text"),
         ("torch.optim.AdamW", "torch.optim.SGD", "no optimizer `SGD`"),
         ("get_cosine_schedule_with_warmup", "get_rex_schedule", "no schedule"),
         ("CEWithChunkedOutputLoss", "FocalLoss", "no loss"),

@@ -101,6 +101,11 @@ def _place(part: Asked, page: Page, builder: _Builder, prefix: str, section: str
         )
     if source in _LOADERS or PurePath(str(source)).is_absolute() or str(source).startswith((".", "~")):
         place = listed[0] if listed else source
+        if source == "text":
+            raise UsageError(
+                f"`{section}` reads plain text", where=part.where, cause="sft reads rows, of which each has an end",
+                fix='a file of lines {"text": "..."}, and source: json; to pretrain on it: puna run data sources.path=FILE',
+            )  # fmt: skip
         if place in _LOADERS:
             raise UsageError(f"`{section}.data_files` is missing", where=part.where, fix="the file of rows")
         page.put(f"{prefix}.path", place, f"{section}.data_files" if listed else f"{section}.source")
