@@ -4,18 +4,26 @@
 each takes two steps on a tiny model.
 """
 
+import json
 import os
+import re
+import shlex
+import shutil
 import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import commands, puna_forked
+from typer.main import get_command
 
-from puna.config import plain, read_yaml
+from puna.cli import app
+from puna.config import parse_words, plain, read_yaml
 from puna.errors import UsageError
 from puna.migrate.page import KNOBS, Page, scalar, written
 from puna.migrate.torchtune import migrated
+from puna.recipes import CONFIGS, config_file, load, recipe_of, run
 
 LORA = """\
 # tune run --nnodes 1 --nproc_per_node 2 lora_finetune_distributed --config mine
@@ -204,7 +212,7 @@ def test_quantization_aware_training(tmp_path: Path) -> None:
     quantizer = "quantizer:\n  _component_: torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer\n"
     made = page(tmp_path, FULL + quantizer + "  groupsize: 128\n")
     assert (made.given()["qat.scheme"], made.given()["qat.group"]) == ("int8-int4", 128)
-    assert "puna quantize runs/mine runs/mine-int8-int4 --scheme int8-int4 --group 128" in made.after
+    assert "puna quantize runs/mine runs/mine-int8-int4 --scheme int8-int4 --group 128" in made.after.values()
     assert made.method == "QAT of llama3_1_8b"
     assert page(tmp_path, LORA + quantizer).method == "QAT with LoRA of llama3_1_8b"
     with pytest.raises(UsageError, match="does not train for"):
@@ -410,3 +418,88 @@ def test_torchtunes_own_configs(tmp_path: Path) -> None:
     assert {name: keys for name, keys in odd.items() if keys} == {}
     assert {name.split("/")[0] for name in made} >= {"llama2", "llama3", "llama3_1", "llama3_2", "llama3_3"}
     assert len(made) == 55
+
+
+@pytest.fixture(scope="module")
+def tiny(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose rows are whole groups of 32 and blocks of 64."""
+    shape = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 32, "ffn_dim": 64}
+    words = {"model": shape, "seq_len": 32, "steps": 1, "samples.prompts": [], "dtype": "fp32"}
+    return run("pretrain", output=tmp_path_factory.mktemp("tiny") / "run", data=shards, **words)
+
+
+def test_torchtunes_own_configs_take_two_steps(tiny: Path, tmp_path: Path) -> None:
+    """A page that reads well and does not run: a key that puna does not have, or two that exclude each other."""
+    alpaca = [{"instruction": f"Count to {i}.", "input": "", "output": f"{i} llamas."} for i in range(64)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alpaca))
+    ran = 0
+    for number, file in enumerate(stock(tmp_path)):
+        try:
+            made = migrated(file)
+        except UsageError:
+            continue
+        ours, output = tmp_path / f"{number}.yaml", tmp_path / str(number)
+        ours.write_text(written(made, file.name, str(ours)))
+        assert load("sft", ours).model_dump(exclude_unset=True)["lora"] == of(made.given(), "lora"), file
+        small: dict[str, Any] = {
+            "model": tiny, "output": output, "data": {"path": tmp_path / "rows.jsonl", "format": "alpaca"},
+            "seq_len": 96, "batch_size": 2, "epochs": None, "steps": 2, "dtype": "fp32", "compile": False,
+            "train.save_every": 2, "train.offload_activations": False,
+        }  # fmt: skip
+        small |= {"qat.group": 32} if "qat.group" in made.given() else {}
+        small |= {"distill.teacher": tiny} if "distill.teacher" in made.given() else {}
+        run("sft", ours, **small)
+        assert json.loads((output / "result.json").read_text())["steps"] == 2, file
+        shutil.rmtree(output)
+        ran += 1
+    assert ran == 55
+
+
+def of(given: dict[str, Any], section: str) -> Any:
+    """The values of a section as a mapping, or the one that stands in its place."""
+    inner = {key.partition(".")[2]: value for key, value in given.items() if key.startswith(f"{section}.")}
+    return inner or given[section]
+
+
+DOCUMENT = Path(__file__).parent.parent / "docs/from-torchtune.md"
+
+
+@pytest.mark.parametrize("command", commands(DOCUMENT.read_text(encoding="utf-8")))
+def test_the_document_names_commands_that_are_there(command: str) -> None:
+    """A verb, an option or a key in docs/from-torchtune.md that puna does not have."""
+    verbs, words = get_command(app), shlex.split(command)[1:]
+    with verbs.make_context("puna", list(words), resilient_parsing=True) as context:
+        name, verb, rest = verbs.resolve_command(context, words)  # type: ignore[attr-defined]
+        while hasattr(verb, "commands"):
+            name, verb, rest = verb.resolve_command(context, rest)  # type: ignore[union-attr]
+        parsed = verb.make_context(name, list(rest), parent=context).params  # type: ignore[union-attr]
+    config = parsed.get("config")
+    if name in ("run", "plan", "validate", "cat", "cp") and not str(config).endswith(".yaml"):
+        config = config or parsed.get("recipe")
+        recipe = recipe_of(config_file(config)) if config in CONFIGS else config
+        assert load(recipe, config if config in CONFIGS else None, parse_words(parsed.get("words") or []))
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "full"])
+def test_shipped_configs_say_which_way_they_push(name: str) -> None:
+    """A number that a newcomer has to look up elsewhere."""
+    lines = config_file(name).read_text(encoding="utf-8").splitlines()
+    bare = [line for line in lines if re.match(r" *\w+: \S", line) and "#" not in line]
+    assert [line.split(":")[0] for line in bare] == ["recipe", "output"]
+
+
+def test_the_verb(tmp_path: Path) -> None:
+    """Notes among the YAML on stdout; an existing file overwritten; a refusal with exit code 0."""
+    (tmp_path / "theirs.yaml").write_text(LORA)
+    (tmp_path / "dpo.yaml").write_text(LORA.replace("modules.loss.CEWithChunkedOutputLoss", "rlhf.loss.DPOLoss"))
+    printed, made, again, refused = puna_forked(
+        [["migrate", "theirs.yaml"], ["migrate", "theirs.yaml", "-o", "ours.yaml", "--nproc", "4"],
+         ["migrate", "theirs.yaml", "-o", "ours.yaml"], ["migrate", "dpo.yaml"]], tmp_path,
+    )  # fmt: skip
+    assert [done.returncode for done in (printed, made, again, refused)] == [0, 0, 2, 2]
+    (tmp_path / "printed.yaml").write_text(printed.stdout)
+    assert plain(read_yaml(tmp_path / "printed.yaml"))["batch_size"] == 6
+    assert "not carried over: metric_logger.project: llamas" in printed.stderr
+    assert made.stdout == "ours.yaml\n"
+    assert plain(read_yaml(tmp_path / "ours.yaml"))["batch_size"] == 12
+    assert "puna ls recipes" in refused.stderr

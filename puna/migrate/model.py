@@ -54,7 +54,9 @@ def _adapters(asked: Asked, page: Page) -> None:
         page.same.append("save_adapter_weights_only: True")
     else:
         output = page.given()["output"]
-        page.after.append(f"puna merge {output} {output}-merged   # the whole model, as torchtune wrote it, too")
+        page.after["The whole model, which torchtune wrote beside the adapter:"] = (
+            f"puna merge {output} {output}-merged"
+        )
 
 
 def folder(asked: Asked, page: Page, section: str) -> str:
@@ -132,7 +134,8 @@ def quantizer(asked: Asked, page: Page) -> None:
     page.method = page.method.replace("Full fine-tuning", "QAT").replace("LoRA", "QAT with LoRA")
     output = page.given()["output"]
     source = f"{output}-merged" if page.given().get("lora", "") is not None else output
-    page.after.append(f"puna quantize {source} {output}-{scheme} --scheme {scheme} --group {page.given()['qat.group']}")
+    command = f"puna quantize {source} {output}-{scheme} --scheme {scheme} --group {group}"
+    page.after["What was trained for:"] = command
     for key in ("fake_quant_after_n_steps", "quantizer.precision", "quantizer.scales_precision"):
         if (value := asked.take(key)) is not None:
             page.lost[key] = f"{value}: puna rounds from the first step on, scales in fp32"

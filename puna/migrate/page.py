@@ -88,9 +88,9 @@ class Page:
     """torchtune's key -> why it is not carried over."""
     same: list[str] = field(default_factory=list)
     """What puna does anyway."""
-    before: list[str] = field(default_factory=list)
-    """What to type before the run,"""
-    after: list[str] = field(default_factory=list)
+    before: dict[str, str] = field(default_factory=dict)
+    """Why -> what to type before the run,"""
+    after: dict[str, str] = field(default_factory=dict)
     """and when it has ended."""
 
     def put(self, key: str, value: Any, source: str = DEFAULT) -> None:
@@ -105,8 +105,10 @@ def written(page: Page, source: str, target: str) -> str:
     """The page as a YAML file."""
     nproc = f" --nproc {page.ranks}" if page.ranks > 1 else ""
     lines = [f"# {page.method}, from torchtune's {source} by `puna migrate`.", "#"]
-    commands = [*page.before, f"puna run sft --config {target}{nproc}", *page.after]
-    lines += [*(f"#   {command}" for command in commands), "#"]
+    commands = {**page.before, "To train:": f"puna run sft --config {target}{nproc}", **page.after}
+    for why, command in commands.items():
+        lines += [f"# {why}", f"#   {command}"]
+    lines.append("#")
     if page.lost:
         lines.append("# Not carried over:")
         lines += [line for key, why in page.lost.items() for line in _wrapped(f"{key}: {why}")]

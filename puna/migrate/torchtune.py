@@ -30,7 +30,9 @@ def migrated(file: Path, ranks: int | None = None) -> Page:
     if not ranks and not named and asked.values.keys() & {*_DISTRIBUTED}:
         page.lost["devices"] = "their number is not in the file, and batch_size counts the rows of all: --nproc N"
     if fetched := _DOWNLOAD.search(comments):
-        page.before.append(f"puna download {fetched[1]}   # if the folder is gone: then model={fetched[1]}")
+        page.before[f"Where the folder of weights is not there; then model={fetched[1]}:"] = (
+            f"puna download {fetched[1]}"
+        )
     page.put("recipe", "sft", "")
     output = asked.take("output_dir") or asked.take("checkpointer.output_dir") or f"runs/{file.stem}"
     page.put("output", output, "output_dir")
