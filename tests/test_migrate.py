@@ -285,6 +285,19 @@ def test_dataset_builders(tmp_path: Path, written_as: str) -> None:
     assert {key: value for key, value in given.items() if key.startswith("data.")} == DATASETS[written_as]
 
 
+def test_text_around_a_column(tmp_path: Path) -> None:
+    """The question without the words that torchtune's prompt templates put around it; braces taken for columns."""
+    text = LORA.replace("alpaca_cleaned_dataset", "samsum_dataset")
+    limit = "  max_seq_len: 1024\n"
+    named = change(tmp_path, limit, f"{limit}  prompt_template: torchtune.data.SummarizeTemplate\n", text)
+    assert named.given()["data.columns"]["prompt"] == "Summarize this dialogue:\n{dialogue}\n---\nSummary:\n"
+    own = change(tmp_path, limit, limit + '  prompt_template: {user: ["{Q} ", " A:"], assistant: ["", ""]}\n', text)
+    assert own.given()["data.columns"]["prompt"] == "{{Q}} {dialogue} A:"
+    answered = change(tmp_path, limit, limit + '  prompt_template: {user: ["", ""], assistant: ["A", ""]}\n', text)
+    assert "tokenizer.prompt_template" in answered.lost
+    assert "tokenizer.prompt_template" not in own.lost | named.lost
+
+
 def test_several_datasets_are_a_mixture(tmp_path: Path) -> None:
     """The second of two sets is dropped, or both under one name."""
     mixture = (

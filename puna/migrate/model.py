@@ -1,7 +1,6 @@
 """Which model a torchtune config tunes, and what of it: builders, checkpointers, tokenizers, quantizers, teachers."""
 
 from pathlib import PurePosixPath
-from typing import Any
 
 from puna.errors import UsageError
 from puna.migrate.asked import Asked
@@ -99,13 +98,6 @@ def tokenizer(asked: Asked, page: Page) -> None:
         page.lost["tokenizer.path"] = f"{path}: puna takes the tokenizer that lies beside the weights"
     if special := asked.take("tokenizer.special_tokens_path"):
         page.lost["tokenizer.special_tokens_path"] = f"{special}: puna takes the control tokens beside the weights"
-    wanted = asked.take("tokenizer.prompt_template", "")  # null takes away the one that Llama 2's has by default
-    usual = str(wanted).endswith("Llama2ChatTemplate") if kind == "llama2_tokenizer" else wanted is None
-    if wanted != "" and not usual:
-        page.lost["tokenizer.prompt_template"] = (
-            f"{_short(wanted)}: text around the messages; puna writes turns by the model's template alone. Words "
-            "around a column go into data.columns: {prompt: 'Summarize: {dialogue}'}"
-        )
 
 
 def _beside(path: str, weights: str) -> bool:
@@ -159,8 +151,3 @@ def teacher(asked: Asked, page: Page) -> None:
     if (share := asked.take("kd_loss.sym_kd_ratio", 0.5)) != 0.5:
         page.lost["kd_loss.sym_kd_ratio"] = f"{share}: puna's symmetric divergence weighs both directions alike"
     page.method = f"Distillation into {page.method}"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 60 else text[:57] + "..."

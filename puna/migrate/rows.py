@@ -39,6 +39,11 @@ _BUILDERS = {
     ),
     "cnn_dailymail_articles_dataset": _Builder("text", "ccdv/cnn_dailymail", {"text": "article"}, subset="3.0.0"),
 }  # fmt: skip
+_AROUND = {
+    "GrammarErrorCorrectionTemplate": ("Correct this to standard English: ", "\n---\nCorrected: "),
+    "SummarizeTemplate": ("Summarize this dialogue:\n", "\n---\nSummary:\n"),
+    "QuestionAnswerTemplate": ("Question: ", "\n\nAnswer: "),
+}
 _STYLES = {"sharegpt": "conversations", "openai": "messages"}
 
 
@@ -49,11 +54,14 @@ def rows(asked: Asked, page: Page) -> None:
     if not listed or not all(isinstance(part, dict) for part in listed):
         raise UsageError("no dataset in this config", where=asked.where, fix="add `dataset._component_`")
     parts = [Asked(part, asked.where) for part in listed]
+    around = _around(asked, page)
     named = _names(parts) if len(parts) > 1 else [""]
     packed, everything = [], []
     for part, name in zip(parts, named, strict=True):
         prefix = f"data.sources.{name}" if name else "data"
         builder = _source(part, page, prefix, f"dataset.{name}" if name else "dataset")
+        if around and not _put_around(page, f"{prefix}.columns", around):
+            page.lost["tokenizer.prompt_template"] = "text around messages that are no columns: put it into the rows"
         packed.append(part.flag("packed"))
         everything.append(part.flag("train_on_input", builder.train_on_input))
         for key, value in part.left():
@@ -62,6 +70,33 @@ def rows(asked: Asked, page: Page) -> None:
     _length(asked, page, parts)
     page.put("packed", all(packed), "dataset.packed")
     page.put("valid_fraction", 0.0, "torchtune holds nothing out")
+
+
+def _around(asked: Asked, page: Page) -> tuple[str, str] | None:
+    """The text that a prompt template puts around the user's words, if it does nothing else."""
+    wanted = asked.take("tokenizer.prompt_template", "")  # null takes away the one that Llama 2's has by default
+    name = str(wanted).rpartition(".")[2]
+    if wanted == "" or name == "Llama2ChatTemplate" or (wanted is None and "llama2" not in asked.name("tokenizer")):
+        return None
+    roles = wanted if isinstance(wanted, dict) else {"user": _AROUND.get(name, ())}
+    beside = [text for role, texts in roles.items() if role != "user" for text in texts or ()]
+    user = roles.get("user") or ()
+    if any(beside) or len(user) != 2:
+        page.lost["tokenizer.prompt_template"] = (
+            f"{str(wanted)[:60]}: turns are written by `template` alone; text around a column goes into data.columns"
+        )
+        return None
+    return str(user[0]), str(user[1])
+
+
+def _put_around(page: Page, key: str, around: tuple[str, str]) -> bool:
+    columns, source = page.lines.get(key, ({}, ""))
+    if "prompt" not in columns:
+        return False
+    before, after = (text.replace("{", "{{").replace("}", "}}") for text in around)
+    prompt = columns["prompt"] if "{" in columns["prompt"] else f"{{{columns['prompt']}}}"
+    page.put(key, {**columns, "prompt": before + prompt + after}, f"{source}, prompt_template")
+    return True
 
 
 def _source(part: Asked, page: Page, prefix: str, section: str) -> _Builder:
@@ -104,7 +139,7 @@ def _place(part: Asked, page: Page, builder: _Builder, prefix: str, section: str
         if source == "text":
             raise UsageError(
                 f"`{section}` reads plain text", where=part.where, cause="sft reads rows, of which each has an end",
-                fix='a file of lines {"text": "..."}, and source: json; to pretrain on it: puna run data sources.path=FILE',
+                fix='a file of lines {"text": "..."}, and source: json; or pretrain: puna run data sources.path=FILE',
             )  # fmt: skip
         if place in _LOADERS:
             raise UsageError(f"`{section}.data_files` is missing", where=part.where, fix="the file of rows")
@@ -114,6 +149,7 @@ def _place(part: Asked, page: Page, builder: _Builder, prefix: str, section: str
     if not source:
         raise UsageError(f"`{section}.source` is missing", where=part.where, fix="org/name of the hub, or json")
     page.put(f"{prefix}.hub", source, f"{section}.source" if "source" in part.values else f"what {part.name()} reads")
+    page.before[f"Where {source} is not in the Hugging Face cache:"] = f"hf download {source} --repo-type dataset"
     if listed:
         page.put(f"{prefix}.file", listed[0], f"{section}.data_files")
     subset = part.take("name") or part.take("subset") or builder.subset
