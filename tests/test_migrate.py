@@ -99,7 +99,7 @@ def test_a_lora_config_is_carried_over_value_by_value(tmp_path: Path) -> None:
         "quantize": None, "lora.rank": 4, "lora.alpha": 32, "lora.dropout": 0.0, "lora.dora": False,
         "lora.targets": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "data.hub": "yahma/alpaca-cleaned", "data.split": "train", "data.format": "alpaca",
-        "train_on": ["user", "assistant"], "seq_len": 1024, "packed": True, "batch_size": 6, "valid_fraction": 0.0,
+        "train_on": "whole", "seq_len": 1024, "packed": True, "batch_size": 6, "valid_fraction": 0.0,
         "epochs": 2, "compile": True, "train.accumulate": 8, "train.checkpoint_activations": "full",
         "train.offload_activations": False, "train.track": ["wandb"], "train.optimizer.kind": "adamw",
         "train.optimizer.lr": 3e-4, "train.optimizer.betas": [0.9, 0.999], "train.optimizer.eps": 1e-8,
@@ -159,6 +159,7 @@ def test_values_survive_the_page(tmp_path: Path) -> None:
         ("max_seq_len: 1024", "max_seq_len: null", "seq_len", 2048),
         ("packed: True", "packed: off", "packed", False),
         ("packed: True", "train_on_input: False", "train_on", "all"),
+        ("packed: True", "masking_strategy: train_on_last", "train_on", "last"),
         ("packed: True", 'split: "train[:500]"', "data.limit", 500),
         ("alpaca_cleaned_dataset", "alpaca_dataset", "data.hub", "tatsu-lab/alpaca"),
         ("seed: 7", "seed: null", "seed", 0),
@@ -283,6 +284,17 @@ def test_dataset_builders(tmp_path: Path, written_as: str) -> None:
     """The wrong column as the answer, or another data set than the builder's."""
     given = change(tmp_path, "alpaca_cleaned_dataset", written_as).given()
     assert {key: value for key, value in given.items() if key.startswith("data.")} == DATASETS[written_as]
+
+
+def test_validation_rows(tmp_path: Path) -> None:
+    """The last tenth, on which nothing is trained, is trained on; or a set of its own is taken for held out."""
+    part = 'dataset_val:\n  _component_: torchtune.datasets.alpaca_cleaned_dataset\n  split: "SPLIT"\n'
+    text = LORA.replace("packed: True", 'packed: True\n  split: "train[:90%]"') + part + "run_val_every_n_steps: 20\n"
+    made = page(tmp_path, text.replace("SPLIT", "train[90%:]"))
+    assert made.given()["valid_fraction"] == pytest.approx(0.1)
+    assert made.given()["train.evaluate_every"] == 20
+    assert not {"dataset.split", "dataset_val"} & made.lost.keys()
+    assert {"dataset.split", "dataset_val"} <= page(tmp_path, text.replace("SPLIT", "test")).lost.keys()
 
 
 def test_text_around_a_column(tmp_path: Path) -> None:

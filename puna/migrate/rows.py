@@ -44,6 +44,7 @@ _AROUND = {
     "SummarizeTemplate": ("Summarize this dialogue:\n", "\n---\nSummary:\n"),
     "QuestionAnswerTemplate": ("Question: ", "\n\nAnswer: "),
 }
+_STRATEGIES = {"train_on_all": "whole", "train_on_assistant": "all", "train_on_last": "last"}
 _STYLES = {"sharegpt": "conversations", "openai": "messages"}
 
 
@@ -56,20 +57,20 @@ def rows(asked: Asked, page: Page) -> None:
     parts = [Asked(part, asked.where) for part in listed]
     around = _around(asked, page)
     named = _names(parts) if len(parts) > 1 else [""]
-    packed, everything = [], []
+    packed, trained = [], []
     for part, name in zip(parts, named, strict=True):
         prefix = f"data.sources.{name}" if name else "data"
         builder = _source(part, page, prefix, f"dataset.{name}" if name else "dataset")
         if around and not _put_around(page, f"{prefix}.columns", around):
             page.lost["tokenizer.prompt_template"] = "text around messages that are no columns: put it into the rows"
         packed.append(part.flag("packed"))
-        everything.append(part.flag("train_on_input", builder.train_on_input))
+        trained.append(_train_on(part, builder))
         for key, value in part.left():
             page.lost[f"dataset.{key}"] = f"{value}: not understood"
-    _trained(page, everything, texts=[_format(page, name) == "text" for name in named])
+    _trained(page, trained, texts=[_format(page, name) == "text" for name in named])
     _length(asked, page, parts)
     page.put("packed", all(packed), "dataset.packed")
-    page.put("valid_fraction", 0.0, "torchtune holds nothing out")
+    _validation(asked, page)
 
 
 def _around(asked: Asked, page: Page) -> tuple[str, str] | None:
@@ -203,12 +204,34 @@ def _leftovers(part: Asked, page: Page, section: str) -> None:
             page.same.append(f"{section}.{key} as data is always read")
 
 
-def _trained(page: Page, everything: list[bool], texts: list[bool]) -> None:
+def _train_on(part: Asked, builder: _Builder) -> str:
+    strategy = str(part.take("masking_strategy", ""))
+    everything = part.flag("train_on_input", builder.train_on_input)
+    return _STRATEGIES.get(strategy, "whole" if everything else "all")
+
+
+def _trained(page: Page, trained: list[str], texts: list[bool]) -> None:
     if all(texts):
         return
-    if len(set(everything)) > 1:
+    if len(set(trained)) > 1:
         page.lost["dataset.train_on_input"] = "it differs between data sets; train_on is one for all"
-    page.put("train_on", ["user", "assistant"] if all(everything) else "all", "train_on_input")
+    page.put("train_on", trained[0] if len(set(trained)) == 1 else "all", "train_on_input")
+
+
+def _validation(asked: Asked, page: Page) -> None:
+    """What is held out: nothing, as in torchtune's releases, or what its newest recipes call dataset_val."""
+    every, given = asked.count("run_val_every_n_steps"), asked.take("dataset_val")
+    asked.take("batch_size_val")
+    if not isinstance(given, dict) or not every:
+        page.put("valid_fraction", 0.0, "torchtune holds nothing out")
+        return
+    share = re.fullmatch(r"\w+\[(\d+)%:\]", str(given.get("split")))
+    page.put("valid_fraction", (100 - int(share[1])) / 100 if share else 0.05, "dataset_val")
+    page.put("train.evaluate_every", every, "run_val_every_n_steps")
+    if share:
+        page.lost.pop("dataset.split", None)
+    else:
+        page.lost["dataset_val"] = "rows are held out of the data set itself, by valid_fraction"
 
 
 def _length(asked: Asked, page: Page, parts: list[Asked]) -> None:
