@@ -225,13 +225,18 @@ def _validation(asked: Asked, page: Page) -> None:
     if not isinstance(given, dict) or not every:
         page.put("valid_fraction", 0.0, "torchtune holds nothing out")
         return
-    share = re.fullmatch(r"\w+\[(\d+)%:\]", str(given.get("split")))
-    page.put("valid_fraction", (100 - int(share[1])) / 100 if share else 0.05, "dataset_val")
     page.put("train.evaluate_every", every, "run_val_every_n_steps")
-    if share:
+    if share := re.fullmatch(r"\w+\[(\d+)%:\]", str(given.get("split"))):
+        page.put("valid_fraction", (100 - int(share[1])) / 100, "dataset_val.split")
         page.lost.pop("dataset.split", None)
-    else:
-        page.lost["dataset_val"] = "rows are held out of the data set itself, by valid_fraction"
+        return
+    page.put("valid_fraction", 0.0, "dataset_val has rows of its own")
+    part = Asked(given, asked.where)
+    builder = _source(part, page, "valid", "dataset_val")
+    part.flag("packed")
+    _train_on(part, builder)
+    for key, value in part.left():
+        page.lost[f"dataset_val.{key}"] = f"{value}: not understood"
 
 
 def _length(asked: Asked, page: Page, parts: list[Asked]) -> None:
