@@ -99,7 +99,7 @@ def test_a_lora_config_is_carried_over_value_by_value(tmp_path: Path) -> None:
         "quantize": None, "lora.rank": 4, "lora.alpha": 32, "lora.dropout": 0.0, "lora.dora": False,
         "lora.targets": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "data.hub": "yahma/alpaca-cleaned", "data.split": "train", "data.format": "alpaca",
-        "train_on": "whole", "seq_len": 1024, "packed": True, "batch_size": 6, "valid_fraction": 0.0,
+        "train_on": ["assistant", "user"], "seq_len": 1024, "packed": True, "batch_size": 6, "valid_fraction": 0.0,
         "epochs": 2, "compile": True, "train.accumulate": 8, "train.checkpoint_activations": "full",
         "train.offload_activations": False, "train.track": ["wandb"], "train.optimizer.kind": "adamw",
         "train.optimizer.lr": 3e-4, "train.optimizer.betas": [0.9, 0.999], "train.optimizer.eps": 1e-8,

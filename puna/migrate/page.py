@@ -35,7 +35,7 @@ KNOBS = {
     "distill.temperature": "higher: more weight on what the teacher finds unlikely",
     "data": "",
     "valid": "",
-    "train_on": "all: every turn of the assistant; last: its last one; whole: what the user says, too",
+    "train_on": "all: the assistant's turns; last: its last one; a list: those of these roles",
     "too_long": "cut: the end of a long conversation is lost; drop: all of it",
     "seq_len": "longer: fewer conversations are cut, more memory",
     "packed": "true: several conversations a row, faster; a step then sees more of them",

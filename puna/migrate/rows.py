@@ -44,7 +44,7 @@ _AROUND = {
     "SummarizeTemplate": ("Summarize this dialogue:\n", "\n---\nSummary:\n"),
     "QuestionAnswerTemplate": ("Question: ", "\n\nAnswer: "),
 }
-_STRATEGIES = {"train_on_all": "whole", "train_on_assistant": "all", "train_on_last": "last"}
+_STRATEGIES = {"train_on_assistant": "all", "train_on_last": "last"}
 _STYLES = {"sharegpt": "conversations", "openai": "messages"}
 
 
@@ -204,18 +204,24 @@ def _leftovers(part: Asked, page: Page, section: str) -> None:
             page.same.append(f"{section}.{key} as data is always read")
 
 
-def _train_on(part: Asked, builder: _Builder) -> str:
+def _train_on(part: Asked, builder: _Builder) -> str | list[str]:
+    """With train_on_input every role of the rows is trained: system and tools too, where there are any."""
     strategy = str(part.take("masking_strategy", ""))
     everything = part.flag("train_on_input", builder.train_on_input)
-    return _STRATEGIES.get(strategy, "whole" if everything else "all")
+    if strategy in _STRATEGIES:
+        return _STRATEGIES[strategy]
+    if not everything and strategy != "train_on_all":
+        return "all"
+    return ["assistant", "user"] if builder.format in ("alpaca", "columns") else ["assistant", "user", "system", "tool"]
 
 
-def _trained(page: Page, trained: list[str], texts: list[bool]) -> None:
+def _trained(page: Page, trained: list[str | list[str]], texts: list[bool]) -> None:
     if all(texts):
         return
-    if len(set(trained)) > 1:
+    alike = all(value == trained[0] for value in trained)
+    if not alike:
         page.lost["dataset.train_on_input"] = "it differs between data sets; train_on is one for all"
-    page.put("train_on", trained[0] if len(set(trained)) == 1 else "all", "train_on_input")
+    page.put("train_on", trained[0] if alike else "all", "train_on_input")
 
 
 def _validation(asked: Asked, page: Page) -> None:

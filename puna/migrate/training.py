@@ -159,8 +159,12 @@ def devices(asked: Asked, page: Page) -> None:
 def logging(asked: Asked, page: Page) -> None:
     """Metrics, profiles, and switches that puna has no need of."""
     kind = asked.name("metric_logger")
-    for key in ("log_dir", "filename", "output_dir"):
-        asked.take(f"metric_logger.{key}")
+    section = asked.take("metric_logger")
+    own = [key for key in section if key not in ("_component_", "log_dir", "filename")] if kind and section else []
+    if own:
+        page.lost[f"metric_logger.{', '.join(own)}"] = (
+            "a run is named by its folder, its project by WANDB_PROJECT in the environment"
+        )
     if _LOGGERS.get(kind):
         page.put("train.track", [_LOGGERS[kind]], "metric_logger")
     elif kind and kind not in _LOGGERS:
