@@ -53,7 +53,7 @@ def load_config(kind: type[C], file: Path | None = None, given: Mapping[str, Any
         UsageError: listing every problem with its file:line or `key=value` and the nearest valid key.
     """
     tree = read_yaml(file) if file else {}
-    values = _plain(tree)
+    values = plain(tree)
     said: dict[Keys, str] = {}
     for key, value in (given or {}).items():
         keys = tuple(key.split("."))
@@ -81,7 +81,7 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
         given[key] = text
         if text[:1] in ("[", "{", '"', "'") or text in ("null", "~", ""):
             try:
-                given[key] = _plain(YAML(typ="rt").load(text))
+                given[key] = plain(YAML(typ="rt").load(text))
             except YAMLError:
                 raise UsageError(f"the value of `{word}` is not valid YAML", cause="an open bracket or quote") from None
     return given
@@ -160,12 +160,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             yield f"{prefix}{key}: {a} -> {b}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """ruamel's annotated containers and scalars as plain Python ones."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     for scalar in (bool, int, float, str):
         if isinstance(value, scalar):
             return scalar(value)

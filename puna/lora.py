@@ -125,6 +125,21 @@ class LoraLinear(nn.Module):
         delta = self.lora_B.weight.to(wide) @ self.lora_A.weight.to(wide)
         return base.to(wide) + self.scale * delta
 
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) with the adapter in it: the loss multiplies by the head's weight, and never calls the head.
+
+        Raises:
+            UsageError: training with dropout, which is of an input that this product does not see.
+        """
+        if self.dropout and self.training:
+            raise UsageError(
+                "lora.dropout with an adapter on lm_head", cause="the loss multiplies by its weight as a whole",
+                fix="lora.dropout=0, or lora.targets without lm_head",
+            )  # fmt: skip
+        stretch, weight = self._stretch(), self._sum()
+        return weight if stretch is None else stretch[:, None] * weight
+
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
     """Freeze `model` and put adapters on its target layers, in place. A is kaiming uniform, as PEFT has it; B zero.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -70,3 +71,13 @@ def puna_forked(calls: Sequence[Sequence[object]], cwd: Path, stdin: str = "") -
     )
     assert not answered.returncode, answered.stderr
     return [Done(call, *answer) for call, answer in zip(words, json.loads(answered.stdout), strict=True)]
+
+
+def commands(text: str) -> list[str]:
+    """Commands in code blocks and between backticks, without comments, prompts and what they print."""
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    lines += [" ".join(inline.split()) for inline in re.findall(r"`([^`]+)`", prose)]
+    called = [line for line in lines if re.match(r"(puna|make|python bench/\S+)( [^/]|$)", line)]
+    return list(dict.fromkeys(re.split(r"\s+# ", line)[0].strip() for line in called if line not in ("puna", "make")))

@@ -1,6 +1,5 @@
 """Every command of the README: run here on tiny stand-ins, or named with the place that runs it."""
 
-import re
 import shlex
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from command_line import environment, puna_forked
+from command_line import commands, environment, puna_forked
 
 from puna.checkpoint.registry import REGISTERED
 
@@ -82,16 +81,6 @@ ALONE = {
     "python bench/load.py": ["--help"],
     "python bench/convert.py": ["--help"],
 }
-
-
-def commands(text: str) -> list[str]:
-    """Commands in code blocks and between backticks, without comments, prompts and what they print."""
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    lines += [" ".join(inline.split()) for inline in re.findall(r"`([^`]+)`", prose)]
-    called = [line for line in lines if re.match(r"(puna|make|python bench/\S+)( [^/]|$)", line)]
-    return list(dict.fromkeys(re.split(r"\s+# ", line)[0].strip() for line in called if line not in ("puna", "make")))
 
 
 def test_every_command_of_the_readme_is_run_somewhere() -> None:

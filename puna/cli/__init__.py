@@ -18,6 +18,7 @@ from puna.cli import (
     evaluate,
     inspect,
     merge,
+    migrate,
     models,
     quantize,
     quickstart,
@@ -43,6 +44,7 @@ configs.register(app)
 models.register(app)
 inspect.register(app)
 convert.register(app)
+migrate.register(app)
 quantize.register(app)
 merge.register(app)
 chat.register(app)

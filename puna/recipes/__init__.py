@@ -27,6 +27,9 @@ CONFIGS = {
     "quickstart/pretrain": "a 1M-parameter Llama 3 in two minutes on a laptop",
     "quickstart/chat": "that newborn learns small talk, every weight trained",
     "quickstart/lora": "LoRA of SmolLM2-135M on three tasks, judged before and after",
+    "lora": "adapters on a frozen model, for `model=...` and `data.path=...` of yours",
+    "qlora": "the same over a base in 4 bits, in a quarter of its memory",
+    "full": "every weight of it trained, with 8-bit AdamW",
     "debug": "ten steps of a tiny model on your shards: does the machinery turn?",
 }
 
