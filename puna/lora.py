@@ -137,8 +137,7 @@ class LoraLinear(nn.Module):
                 "lora.dropout with an adapter on lm_head", cause="the loss multiplies by its weight as a whole",
                 fix="lora.dropout=0, or lora.targets without lm_head",
             )  # fmt: skip
-        stretch, weight = self._stretch(), self._sum()
-        return weight if stretch is None else stretch[:, None] * weight
+        return self.full_weight()
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:

@@ -1,7 +1,7 @@
 """`puna merge`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,7 +33,7 @@ def merge(
     from puna.checkpoint.registry import find_model
     from puna.files import as_path
     from puna.infer.merge import merge
-    from puna.lineage import lineage, parent
+    from puna.lineage import lineage, parent, read_lineage
 
     target = as_path(target)
     if save_dtype not in DTYPES:
@@ -42,7 +42,10 @@ def merge(
     llama = merge(adapters, None if weights is None else _numbers(weights), onto)
     base = base_of(llama.path)
     parents = [*(find_model(adapter) for adapter in adapters), parent(base, find_model(base))]
-    told = {} if weights is None else {"weights": _numbers(weights)}
+    told: dict[str, Any] = {} if weights is None else {"weights": _numbers(weights)}
+    trained_for = [read_lineage(find_model(adapter)).get("trained_for") for adapter in adapters]
+    if trained_for[0] and all(each == trained_for[0] for each in trained_for):
+        told["trained_for"] = trained_for[0]  # for quantize
     llama.save(target, dtype=save_dtype, made_from=lineage("merge", parents, onto=onto, **told))
     print(target)
 

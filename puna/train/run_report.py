@@ -9,7 +9,7 @@ from puna.lineage import parents_of
 from puna.log import Metrics, clock
 from puna.report import Facts, Report, Samples, Section, Table, write_report
 from puna.run_folder import environment
-from puna.runs import RunView, flat, read_run
+from puna.runs import RunView, flat, read_json, read_run
 
 _LOSSES = {"valid_loss": "held-out conversations", "watched_loss": "conversations of another kind"}
 _VALIDATION = {
@@ -46,7 +46,7 @@ def run_sections(folder: Path) -> list[Section]:
     if tasks := result.get("tasks"):
         sections.append(_tasks(tasks, read_yaml(folder / "resolved.yaml")["judge"]))
     if (folder / "selection.json").exists():
-        sections.append(_selection(_json(folder / "selection.json")))
+        sections.append(_selection(read_json(folder / "selection.json")))
     if read_yaml(folder / "resolved.yaml")["recipe"] == "pretrain":
         sections += _pretraining(rows, trained)
     else:
