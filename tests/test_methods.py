@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"lora": None},
     "lora": {"lora.rank": 3},
     "dora": {"lora.rank": 3, "lora.dora": True},
+    "qlora": {"lora.rank": 3, "quantize": "nf4", "model": "TEACHER"},  # blocks of 64
     "qat": {"lora": None, "qat.group": 32},
     "qat, untied": {"lora": None, "qat.group": 32, "model": "TEACHER"},
     "qat+lora": {"lora.rank": 3, "qat.group": 32},
