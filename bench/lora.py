@@ -54,7 +54,7 @@ def puna_side(rows: int, length: int, accumulate: int = 1, compiled: bool = Fals
     from puna.data.loader import Batch
     from puna.data.packing import PackedLoader
     from puna.lora import LoraConfig, add_lora, lora_parameters
-    from puna.train.compile import compile_blocks
+    from puna.train.blocks import compile_blocks
     from puna.train.fit import train_step
     from puna.train.objectives import next_token
     from puna.train.optim import OptimizerConfig, build_optimizer

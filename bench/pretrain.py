@@ -46,7 +46,7 @@ def puna_side(folder: str, size: tuple[int, int, int], compiled: bool) -> Work:
     from puna.data.loader import Batch
     from puna.model.config import ModelConfig
     from puna.model.init import build_model, materialize
-    from puna.train.compile import compile_blocks
+    from puna.train.blocks import compile_blocks
     from puna.train.fit import train_step
     from puna.train.objectives import next_token
     from puna.train.optim import OptimizerConfig, build_optimizer

@@ -25,7 +25,7 @@ from puna.model.config import ModelConfig, RopeScaling
 from puna.model.init import build_model, init_weights, materialize
 from puna.tokenizer.bpe import save_bpe, train_bpe
 from puna.tokenizer.tokenizer import Tokenizer
-from puna.train.compile import compile_blocks
+from puna.train.blocks import compile_blocks
 from puna.train.optim import OptimizerConfig
 
 PAGE = Path(__file__).with_suffix(".md")

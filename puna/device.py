@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -122,6 +123,37 @@ def memory() -> Memory:
     limit = min((size for size in limits if size < total), default=None)
     told = [size for size in (known.get("MemAvailable"), limit) if size is not None]
     return Memory(total, min(told, default=None), limit)
+
+
+def peak_memory(device: "torch.device") -> int:
+    """Bytes that were in use at most: of a CUDA device by tensors, elsewhere by this process (its resident set)."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    for line in _text("/proc/self/status").splitlines():
+        if line.startswith("VmHWM:"):  # getrusage's number begins with that of the process that started this one
+            return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def generators(device: "torch.device") -> list["torch.Tensor"]:
+    """The states of the generators that dropout on `device` may draw from."""
+    import torch
+
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_generators(device: "torch.device", states: list["torch.Tensor"]) -> None:
+    """What `generators` gave, put back."""
+    import torch
+
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def _text(path: str | Path) -> str:

@@ -49,6 +49,12 @@ class ResourceError(PunaError):
     exit_code = 6
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. By name, since torch may not be loaded; its CPU allocator raises a plain RuntimeError."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
 class Interrupted(PunaError):
     """A signal asked the run to stop; what was done is saved. Exit code 128 + signal number."""
 

@@ -32,6 +32,7 @@ from puna.run_folder import Run
 from puna.tokenizer.chat.format import Encoded
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train import fit as loop
+from puna.train.blocks import checkpoint_blocks
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig, build_optimizer
 
@@ -66,10 +67,16 @@ def loader(case: str, shards: Path) -> Any:
     return PackedLoader(rows, seq_len=32, batch_size=4, pad_id=0, seed=0)
 
 
+def shard_case(case: str, model: Transformer) -> None:
+    """Under LoRA blocks are computed twice: what FSDP gathered for the first time has to be there for the second."""
+    checkpoint_blocks(model, "full" if case == "lora" else "none")
+    shard(model)
+
+
 def gradients(case: str, shards: Path) -> dict[str, torch.Tensor]:
     """Whole gradients of one step of two micro-batches, on rank 0."""
     model, batches = build(case), loader(case, shards)
-    shard(model)
+    shard_case(case, model)
     found: dict[str, torch.Tensor] = {}
 
     def keep(*_: float) -> bool:
@@ -84,7 +91,7 @@ def gradients(case: str, shards: Path) -> dict[str, torch.Tensor]:
 def train(case: str, folder: Path, shards: Path) -> None:
     """Twenty steps in `folder`, from a checkpoint if there is one; validated every five, first of all on going on."""
     model, batches = build(case), loader(case, shards)
-    shard(model)
+    shard_case(case, model)
     tokenizer, valid = Tokenizer(shards / "tokenizer"), Shards(shards, "valid")
 
     def evaluate(model: Transformer, step: int) -> dict[str, float]:

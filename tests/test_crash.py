@@ -117,7 +117,7 @@ def assert_same(run: Path, straight: Path) -> None:
     """The same weights, losses and samples, bit for bit."""
 
     def rows(folder: Path, name: str) -> list[dict[str, Any]]:
-        timed = ("seconds", "tok_s")
+        timed = ("seconds", "tok_s", "memory")
         return [{k: v for k, v in row.items() if k not in timed} for row in Metrics(folder / name).read()]
 
     for name in ("metrics.jsonl", "samples.jsonl"):

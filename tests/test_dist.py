@@ -29,7 +29,7 @@ from puna.recipes import run
 from puna.tokenizer.tokenizer import Tokenizer
 
 SCRIPT = str(Path(dist_ranks.__file__))
-CLOCKS = ("seconds", "tok_s")
+CLOCKS = ("seconds", "tok_s", "memory")
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

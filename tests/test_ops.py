@@ -15,7 +15,7 @@ from puna.ops.blocked_attention import BLOCK, KEEP
 from puna.ops.low_rank import low_rank_linear, low_rank_linear_eager
 from puna.ops.norm import rms_norm, rms_norm_eager
 from puna.ops.swiglu import swiglu, swiglu_eager
-from puna.train.compile import compile_blocks
+from puna.train.blocks import compile_blocks
 
 
 def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -40,8 +40,9 @@ from puna.ops.native.library import native
 from puna.ops.nibbles import pack_nibbles, unpack_nibbles
 from puna.ops.packed import Packed, dequantize, packed_linear
 from puna.ops.packed_layers import PackedEmbedding, PackedLinear, packed_layers
+from puna.quant.dynamic import dynamic_table
 from puna.quant.gptq import rounded_in_turn
-from puna.quant.nf4 import VALUES, dynamic_table, nest, round_nf4, unnest, with_nested_scales
+from puna.quant.nf4 import VALUES, nest, round_nf4, unnest, with_nested_scales
 from puna.quant.quantize import quantize_model
 from puna.quant.rounding import round_symmetric
 from puna.quant.schemes import SCHEMES, Kind, scheme
@@ -174,6 +175,7 @@ def test_nf4_is_bitsandbytes(dtype: torch.dtype) -> None:
     state.dtype = torch.float32
     assert torch.equal(theirs.dequantize_4bit(column, state), dequantize(packed))
     assert torch.equal(dynamic_table(), theirs.create_dynamic_map())
+    assert torch.equal(dynamic_table(signed=False), theirs.create_dynamic_map(signed=False))
 
 
 def test_scales_of_scales() -> None:

@@ -80,7 +80,7 @@ def unfinished(finished: Path, copy: Path, keep: str = "step-*") -> Path:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock measured."""
-    timed = ("seconds", "tok_s")
+    timed = ("seconds", "tok_s", "memory")
     return [{k: v for k, v in row.items() if k not in timed} for row in Metrics(folder / "metrics.jsonl").read()]
 
 

@@ -14,7 +14,9 @@ from puna.checkpoint.stored import Weight
 from puna.errors import CheckpointError
 from puna.ops.nibbles import pack_nibbles, unpack_nibbles
 from puna.ops.packed import Packed
-from puna.quant.nf4 import BLOCK, NESTED_BLOCK, VALUES, Nested, dynamic_table, nest, unnest
+from puna.quant.dynamic import BLOCK as NESTED_BLOCK
+from puna.quant.dynamic import dynamic_table
+from puna.quant.nf4 import BLOCK, VALUES, Nested, nest, unnest
 
 STATE = "quant_state.bitsandbytes__nf4"
 _STATE_BYTES = 4096

@@ -11,7 +11,7 @@ import base64
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +36,10 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    halvings: int = 0
+    """How often micro-batches were halved because memory ran out."""
+    kept: int = field(default=0, compare=False)
+    """Once training is over: the step whose weights the model has, the last or the best."""
 
 
 class _Positioned(Protocol):
@@ -70,7 +74,7 @@ def save_train_state(
         save_model(folder)
         _write(folder / "optimizer", tensors)
         values = {
-            **asdict(state),
+            **{key: value for key, value in asdict(state).items() if key != "kept"},
             "data": batches.state_dict(),
             "generators": from_each(_text(torch.get_rng_state())),
             "device_generators": from_each(_device_generator(device)),
@@ -101,7 +105,18 @@ def load_train_state(
     else:  # dropout of other rows: no stream can be gone on with
         torch.manual_seed(values["step"] * ranks() + rank())
     log.info("resumed from %s", folder)
-    return TrainState(values["step"], values["tokens"], values["seconds"])
+    return TrainState(values["step"], values["tokens"], values["seconds"], values.get("halvings", 0))
+
+
+def load_weights(run: Run, step: int, model: nn.Module) -> None:
+    """Put the trained parameters of an earlier step into the model, exactly as they were.
+
+    Raises:
+        CheckpointError: its checkpoint is gone or damaged.
+    """
+    folder = run.checkpoints / f"step-{step}"
+    from_first(verify, folder)
+    _read(folder / "optimizer", {f"parameter.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad})
 
 
 def _device_generator(device: torch.device) -> dict[str, str]:
@@ -152,9 +167,12 @@ def newest_checkpoint(run: Run) -> Path | None:
     return None
 
 
-def prune(run: Run, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; renamed first, so a crash leaves no half of one."""
-    for folder in checkpoints(run.folder)[: -max(1, keep)]:
+def prune(run: Run, keep: int, spared: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of the step `spared`; renamed first, so a crash leaves no
+    half of one.
+    """
+    superfluous = [f for f in checkpoints(run.folder)[: -max(1, keep)] if f.name != f"step-{spared}"]
+    for folder in superfluous:
         doomed = temporary_name(folder)
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from puna.errors import PunaError, ResourceError, UsageError
+from puna.errors import PunaError, ResourceError, UsageError, out_of_memory
 from puna.files import DISK_FULL
 
 
@@ -30,14 +30,10 @@ def told(error: Exception) -> PunaError | None:
     if isinstance(error, OSError):
         fix = "free some space and run it again" if error.errno in DISK_FULL else ""
         return ResourceError(error.strerror or str(error), where=error.filename or "", fix=fix)
-    # by name: torch is not loaded here, and its CPU allocator raises a plain RuntimeError
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _ALLOCATOR in str(error):
+    if out_of_memory(error):
         return ResourceError("out of memory", cause=_asked(error), fix="a smaller batch_size, seq_len or model")
     what = f"unexpected {type(error).__name__}: {error}"
     return PunaError(what, cause="a bug in puna", fix="the same command with -v, and report it")
-
-
-_ALLOCATOR = "can't allocate memory"
 
 
 def _asked(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from puna.data.shards import Shards
 from puna.dist.collectives import part
 from puna.errors import DataError
 from puna.ops.attention import Documents
+from puna.ops.cross_entropy import IGNORE
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,24 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         positions = None if self.positions is None else self.positions.to(device)
         return Batch(self.tokens.to(device), self.labels.to(device), self.n, positions, self.documents)
+
+    def halves(self) -> "tuple[Batch, Batch] | None":
+        """The first half of the rows and the second; None of a single row."""
+        rows = len(self.tokens)
+        return (self._rows(0, rows // 2), self._rows(rows // 2, rows)) if rows > 1 else None
+
+    def _rows(self, start: int, stop: int) -> "Batch":
+        tokens, labels = self.tokens[start:stop], self.labels[start:stop]
+        positions = None if self.positions is None else self.positions[start:stop]
+        documents = None if self.documents is None else self.documents.rows(start, stop)
+        return replace(
+            self,
+            tokens=tokens,
+            labels=labels,
+            n=int((labels != IGNORE).sum()),
+            positions=positions,
+            documents=documents,
+        )
 
 
 class _Draw(NamedTuple):

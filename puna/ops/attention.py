@@ -37,6 +37,10 @@ class Documents:
             self._dense[key] = (same & causal | itself)[:, None]
         return self._dense[key]
 
+    def rows(self, start: int, stop: int) -> "Documents":
+        """The texts of these rows, which are counted from 0 again."""
+        return Documents(tuple((r - start, begin, end) for r, begin, end in self.spans if start <= r < stop))
+
     @cached_property
     def _dense(self) -> dict[tuple[int, int, torch.device], Tensor]:
         return {}

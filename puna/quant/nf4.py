@@ -12,10 +12,10 @@ from torch import Tensor
 
 from puna.ops.nibbles import pack_nibbles
 from puna.ops.packed import Packed
+from puna.quant import dynamic
 from puna.quant.rounding import check_finite
 
 BLOCK = 64
-NESTED_BLOCK = 256
 VALUES = torch.tensor(
     [
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -56,30 +56,16 @@ def round_nf4(weight: Tensor) -> Packed:
 def nest(scales: Tensor) -> Nested:
     """fp32 scales of any shape in 8 bits."""
     offset = scales.mean()
-    centred = (scales - offset).flatten()
-    blocks = torch.nn.functional.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    absmax = blocks.abs().amax(1)
-    table = dynamic_table()
-    codes = torch.bucketize(blocks / absmax.clamp(min=_LEAST)[:, None], (table[:-1] + table[1:]) / 2)
-    return Nested(codes.to(torch.uint8).flatten()[: len(centred)], absmax, offset)
+    codes, absmax = dynamic.quantize(scales - offset)
+    return Nested(codes, absmax, offset)
 
 
 def unnest(nested: Nested, table: Tensor) -> Tensor:
     """The scales, (scales,) fp32; `table` (256,) says what the codes mean."""
-    values = table[nested.codes.long()]
-    return values * nested.absmax.repeat_interleave(NESTED_BLOCK)[: len(values)] + nested.offset
+    return dynamic.dequantize(nested.codes, nested.absmax, table) + nested.offset
 
 
 def with_nested_scales(packed: Packed) -> Packed:
     """NF4 whose scales are what 8 bits hold of them: 4.13 bits a weight instead of 4.5."""
-    return replace(packed, scales=unnest(nest(packed.scales), dynamic_table()).view_as(packed.scales))
-
-
-def dynamic_table() -> Tensor:
-    """The 256 values of a dynamic 8-bit float (Dettmers 2015): seven decades, each with twice the steps of the last."""
-    values = [0.0, 1.0]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        means = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [*means.tolist(), *(-means).tolist()]
-    return torch.tensor(sorted(values))
+    table = dynamic.table_on(True, packed.scales.device)
+    return replace(packed, scales=unnest(nest(packed.scales), table).view_as(packed.scales))

@@ -29,9 +29,9 @@ from puna.model.presets import ModelChoice, ModelSpec, resolve_model
 from puna.model.transformer import Transformer
 from puna.run_folder import Run
 from puna.tokenizer.tokenizer import Tokenizer
+from puna.train.blocks import checkpoint_blocks, compile_blocks
 from puna.train.budget import steps_within
-from puna.train.compile import compile_blocks
-from puna.train.fit import TrainConfig, fit
+from puna.train.fit import TrainConfig, check_training, fit
 from puna.train.objectives import next_token
 from puna.train.optim import with_rate
 
@@ -75,6 +75,7 @@ def main(config: Config) -> Path:
         raise UsageError("steps and seconds are both given", fix="seconds=null, or leave steps out")
     # A wrong path or source is told before a run folder exists.
     train, valid = Shards(config.data, "train"), Shards(config.data, "valid")
+    check_training(config.train, config.device, held_out=valid.tokens > 0)
     batches = TokenLoader(train, config.seq_len, config.batch_size, config.seed, config.mixture)
     with shared_run(config) as run:
         device = choose_device(config.device)
@@ -93,6 +94,8 @@ def main(config: Config) -> Path:
             plan = run.once("plan", measure)
         state = fit(run, model, batches, next_token, training, plan["steps"], evaluate, save)
         result = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
+        if config.train.keep_best:
+            result["kept_step"] = state.kept
         if "seconds_probing" in plan:
             result["seconds"] += plan["seconds_probing"]
             result["seconds_compiling"] = plan["seconds_compiling"]
@@ -118,6 +121,7 @@ def _model(config: Config, tokenizer: Tokenizer, device: torch.device) -> Transf
     init_weights(model, config.seed)
     if config.compile:
         compile_blocks(model)
+    checkpoint_blocks(model, config.train.checkpoint_activations, config.train.offload_activations)
     shard(model)
     log.info("model: %s parameters, %s", f"{count_parameters(shape):,}", config.model.preset)
     return model

@@ -26,8 +26,8 @@ from puna.log import clock, harmless, log
 from puna.ranks import rank
 from puna.run_folder import Run
 from puna.tokenizer.chat.format import Encoded, has_template
-from puna.train.compile import compile_blocks
-from puna.train.fit import TrainConfig, fit
+from puna.train.blocks import checkpoint_blocks, compile_blocks
+from puna.train.fit import TrainConfig, check_training, fit
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
 from puna.tune.model import TunedModel, load_tuned, saver
@@ -80,10 +80,11 @@ def main(config: Config) -> Path:
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
         tokenizer, rows = encode(config, load_tokenizer(config.model), config.data)
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
+        train, valid = split_rows(rows, config.valid_fraction)
+        check_training(config.train, config.device, held_out=bool(valid))
         use_machine(run)
         base = load_tuned(config, template_variables(config))
         llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
-        train, valid = split_rows(rows, config.valid_fraction)
         if config.rehearse:
             own = partial(rehearsal, llama, config.rehearse, config.seq_len, config.seed)
             train += [Encoded(*row) for row in run.once("rehearsal", own)]
@@ -103,14 +104,17 @@ def main(config: Config) -> Path:
             run.metrics.write(step=0, **evaluate(llama.model, 0))
         if config.compile:
             compile_blocks(llama.model)
+        checkpoint_blocks(llama.model, config.train.checkpoint_activations, config.train.offload_activations)
         shard(llama.model)
         # Of dropout: what was drawn until here differs between a start and a resume.
         torch.manual_seed(config.seed + rank())
         saved = partial(save, lineage=made_from)
         state = fit(run, llama.model, batches, next_token, config.train, config.steps, evaluate, saved)
         result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
-        # Of each loss the last one stays.
-        result |= from_first(lambda: {k: row[k] for row in run.metrics.read() for k in held_out if k in row})
+        if config.train.keep_best:
+            result["kept_step"] = state.kept
+        logged = from_first(lambda: [row for row in run.metrics.read() if row["step"] <= state.kept])
+        result |= {k: row[k] for row in logged for k in held_out if k in row}  # of each loss the last one stays
         if config.judge.tasks:
             after = _judge(llama, config.judge.model_copy(update={"shots": 0}))
             result["tasks"] = compare(before, after, config.judge)

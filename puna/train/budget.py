@@ -37,7 +37,8 @@ def steps_within(
     for _ in range(_PROBE):
         before = time.perf_counter()
         micro = [next(batches).to(device) for _ in range(config.accumulate)]
-        train_step(model, optimizer, micro, objective, 1e-8, config.optimizer.clip, lambda loss, norm: True)
+        clip, in_backward = config.optimizer.clip, config.optimizer.in_backward
+        train_step(model, optimizer, micro, objective, 1e-8, clip, lambda loss, norm: True, in_backward)
         times.append(time.perf_counter() - before)
     before = time.perf_counter()
     evaluate(model, 0)

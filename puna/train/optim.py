@@ -1,23 +1,31 @@
 """The optimizer and the learning rate of a step."""
 
+import contextlib
 import math
-from typing import Literal
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeFloat
-from torch import nn
+from torch import Tensor, nn
 
 from puna.config import Config
 from puna.errors import UsageError
 from puna.log import log
+from puna.train.adamw8bit import AdamW8bit
 from puna.train.muon import Muon
 
 
 class OptimizerConfig(Config):
     """AdamW with the values of LLaMA 1 and 2, and their schedule: linear warm-up, cosine to a tenth."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonal updates for the matrices of the blocks, AdamW for the rest; learns faster from nothing."""
+    kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw8bit: moments in 2 bytes a weight instead of 8, for some time in each step. muon: orthogonal updates for the
+    matrices of the blocks, AdamW for the rest; learns faster from nothing."""
+    in_backward: bool = False
+    """Step each weight as soon as its gradient is whole, and free it: saves a gradient of every weight but the largest.
+    Costs clipping, accumulation and the skipping of bad steps, which need all gradients at once."""
     muon_lr: NonNegativeFloat = 0.02
     """Peak rate of Muon's matrices; `lr` stays that of the rest."""
     lr: NonNegativeFloat | None = None
@@ -41,10 +49,10 @@ def with_rate(config: OptimizerConfig, dim: int) -> OptimizerConfig:
     return config.model_copy(update={"lr": 1.2 / dim})
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (or Muon) over the trainable parameters; only tensors with two or more dimensions decay. `fit` sets rates.
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW (of 32 or 8 bits, or with Muon) over what trains; only tensors with two or more dimensions decay.
 
-    A group's rate is `rate` times that of the step.
+    `fit` sets rates: a group's is `rate` times that of the step.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inner = [p for name, p in named if p.ndim == 2 and name.startswith("layers.")] if config.kind == "muon" else []
@@ -56,8 +64,35 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "rate": 1.0},
         {"params": inner, "weight_decay": config.weight_decay, "rate": rate, "orthogonal": True},
     ]
-    kind = Muon if inner else torch.optim.AdamW
-    return kind([g for g in groups if g["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    groups = [g for g in groups if g["params"]]
+    if config.kind == "adamw8bit":
+        return AdamW8bit(groups, betas=config.betas, eps=config.eps)
+    return (Muon if inner else torch.optim.AdamW)(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+@contextlib.contextmanager
+def stepping_in_backward(optimizer: torch.optim.Optimizer) -> Iterator[dict[Tensor, Tensor]]:
+    """Inside the block a backward steps each parameter as soon as its gradient is whole, and frees the gradient.
+
+    Yields the norm of each parameter's gradient. A backward needs no parameter any more whose gradient is whole: also a
+    tied one, which has one gradient from all its uses.
+    """
+    groups, norms = optimizer.param_groups, dict[Tensor, Tensor]()
+
+    def step(group: dict[str, Any], p: Tensor) -> None:
+        assert p.grad is not None
+        norms[p] = torch.linalg.vector_norm(p.grad)
+        optimizer.param_groups = [{**group, "params": [p]}]  # its step looks at no other parameter
+        optimizer.step()
+        p.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(partial(step, g)) for g in groups for p in g["params"]]
+    try:
+        yield norms
+    finally:
+        for hook in hooks:
+            hook.remove()
+        optimizer.param_groups = groups
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
