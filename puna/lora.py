@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from puna.config import Config, nearest
 from puna.errors import UsageError
 from puna.model.transformer import Linear
 from puna.ops.low_rank import low_rank_linear
+from puna.ops.norm import RMSNorm
 from puna.ops.packed_layers import PackedEmbedding, PackedLinear
 
 AnyLinear = nn.Linear | PackedLinear
@@ -27,11 +29,11 @@ class LoraConfig(Config):
     """Low-rank adapters on the named linear layers."""
 
     rank: PositiveInt = 16
-    """Higher: closer to full fine-tuning, more memory."""
+    """Higher: closer to full fine-tuning; memory and the adapter's file grow with it."""
     alpha: PositiveFloat = Field(default=32.0, allow_inf_nan=False)
-    """The adapter's output is scaled by alpha / rank."""
+    """The adapter's output is scaled by alpha / rank. Higher: learns faster, like a higher rate, until it diverges."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of the adapter's input; helps when rows are few."""
+    """Of the adapter's input. Higher: learns few rows less by heart; costs steps, and a pass over the input."""
     targets: list[str] | str = list(LINEARS)
     """Layers by name, `all-linear`, or a pattern of whole names such as `.*[.]mlp[.].*`; fewer cost less."""
     rslora: bool = False
@@ -42,6 +44,9 @@ class LoraConfig(Config):
     """Other ranks for some layers, by the end of their name or a pattern of it: {q_proj: 8, layers.0.mlp.up_proj: 4}"""
     alpha_pattern: dict[str, PositiveFloat] = {}
     """Likewise other alphas."""
+    modules_to_save: list[Annotated[str, Field(min_length=1)]] = []
+    """Layers trained whole beside the adapters, by the end of their names: embed_tokens and lm_head (for new tokens or
+    a new language), norm (every norm). Each costs its weights four times in fp32, and lies in the adapter's file."""
 
     def of(self, name: str) -> tuple[int, float]:
         """(rank, scale) of the layer `name`."""
@@ -121,12 +126,16 @@ class LoraLinear(nn.Module):
 def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
     """Freeze `model` and put adapters on its target layers, in place. A is kaiming uniform, as PEFT has it; B zero.
 
-    DoRA's magnitudes start as the rows' lengths, so the weights have to be there.
+    DoRA's magnitudes start as the rows' lengths, so the weights have to be there. What `config.modules_to_save` names
+    is thawed, in `dtype`; a tied head stays tied.
 
     Raises:
         UsageError: a target that names no layer.
     """
     model.requires_grad_(False)
+    for parameter in whole_parameters(model, config).values():
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(True)
     generator = torch.Generator().manual_seed(seed)
     for name, base in adapted_layers(model, config).items():
         rank, scale = config.of(name)
@@ -150,6 +159,11 @@ def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, AnyLinear]
         UsageError: a target that names no layer, or a tied head; a pattern that could take forever.
     """
     chosen = _chosen(model, config)
+    if both := [name for name in chosen if _is_saved(name, config)]:
+        raise UsageError(
+            f"{both[0]} is among lora.targets and among lora.modules_to_save",
+            cause="trained whole, it needs no adapter", fix=f"lora.targets without {both[0].rpartition('.')[2]}",
+        )  # fmt: skip
     embeddings = [_matrix(m) for m in model.modules() if isinstance(m, nn.Embedding | PackedEmbedding)]
     if tied := [n for n, m in chosen.items() if any(_matrix(m) is matrix for matrix in embeddings)]:
         raise UsageError(
@@ -175,6 +189,35 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """`layers.0.self_attn.q_proj.lora_A.weight` and so on."""
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def whole_parameters(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:
+    """`embed_tokens.weight` and so on of what `config.modules_to_save` names; of a tied head only the embedding's.
+
+    Names are matched by their ends as PEFT matches them: `norm` is every norm, `model.norm` the last one.
+
+    Raises:
+        UsageError: a name of no layer, or a layer that is quantized.
+    """
+    kinds = nn.Embedding | Linear | RMSNorm | PackedLinear | PackedEmbedding
+    found = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and ".lora_" not in n}
+    for target in config.modules_to_save:
+        if not any(_on_disk(name).endswith(target) for name in found):
+            fix = "embed_tokens, lm_head, norm"
+            raise UsageError(f"lora.modules_to_save: no layer `{target}`" + nearest(target, fix.split(", ")), fix=fix)
+    chosen = {name: module for name, module in found.items() if _is_saved(name, config)}
+    if packed := [name for name, module in chosen.items() if isinstance(module, PackedLinear | PackedEmbedding)]:
+        raise UsageError(f"lora.modules_to_save: {packed[0]} is quantized", fix="a base whose embedding is not packed")
+    weights = {id(module.weight) for module in chosen.values()}
+    return {name: p for name, p in model.named_parameters() if id(p) in weights}
+
+
+def _is_saved(name: str, config: LoraConfig) -> bool:
+    return any(_on_disk(name).endswith(target) for target in config.modules_to_save)
+
+
+def _on_disk(name: str) -> str:
+    return name if name == "lm_head" else f"model.{name}"
 
 
 def _chosen(model: nn.Module, config: LoraConfig) -> dict[str, AnyLinear]:

@@ -29,9 +29,9 @@ def chain(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_model_leads_back_to_its_tokenizer(chain: Path, shards: Path, tokenizer_folder: Path) -> None:
     """Merged -> adapter -> base -> shards -> tokenizer: a link that is a name alone says nothing of what was there."""
-    from puna.cli.chat import merge
+    from puna.cli.merge import merge
 
-    merge(str(chain / "tuned"), chain / "merged", "fp32")
+    merge([str(chain / "tuned")], chain / "merged", "fp32")
     made = read_lineage(chain / "merged")
     steps = [made["recipe"]]
     expected = {

@@ -133,7 +133,6 @@ def test_foreign_adapters_are_refused(tokenizer_folder: Path, tmp_path: Path) ->
     config = tmp_path / "adapter_config.json"
     text = config.read_text()
     for change in (
-        '"modules_to_save": ["lm_head"]',
         '"alora_invocation_tokens": [1]',
         '"init_lora_weights": "pissa"',  # which changed the base, too
         '"bias_": 0, "bias": "all"',
@@ -146,6 +145,7 @@ def test_foreign_adapters_are_refused(tokenizer_folder: Path, tmp_path: Path) ->
         '"lora_alpha": 12.0': ('"lora_alpha": NaN', "values that cannot be"),
         '"use_dora": false': ('"use_dora": true', r"missing layers\.0\.mlp\.down_proj\.lora_magnitude_vector"),
         '"rank_pattern": {}': ('"rank_pattern": {"(a*)*": 8}', "not a simple pattern"),
+        '"modules_to_save": null': ('"modules_to_save": ["lm_head"]', r"missing lm_head\.weight"),
         '"alpha_pattern": {}': ('"alpha_pattern": {"q_proj": 1e999}', "values that cannot be"),
     }
     for old, (new, message) in wrong.items():

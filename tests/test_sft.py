@@ -165,9 +165,9 @@ def test_trained_merged_saved_and_loaded_say_the_same(tuned: Path, tmp_path: Pat
 
 
 def _merge(source: Path, target: Path) -> None:
-    from puna.cli.chat import merge
+    from puna.cli.merge import merge
 
-    merge(str(source), target, "bf16")
+    merge([str(source)], target, "bf16")
 
 
 def test_an_adapter_without_its_base_is_told(tuned: Path, tmp_path: Path) -> None:

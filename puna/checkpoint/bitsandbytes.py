@@ -13,21 +13,18 @@ from torch import Tensor
 from puna.checkpoint.stored import Weight
 from puna.errors import CheckpointError
 from puna.ops.nibbles import pack_nibbles, unpack_nibbles
-from puna.ops.packed import Packed
-from puna.quant.dynamic import BLOCK as NESTED_BLOCK
-from puna.quant.dynamic import dynamic_table
-from puna.quant.nf4 import BLOCK, VALUES, Nested, nest, unnest
+from puna.ops.packed import SCALE_BLOCK, Packed, plain_scales
+from puna.quant.nf4 import BLOCK, VALUES
 
 STATE = "quant_state.bitsandbytes__nf4"
 _STATE_BYTES = 4096
 _OTHER = {"load_in_8bit": False, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}
 
 
-def tensors_of(name: str, packed: Packed, nested: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors_of(name: str, packed: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one weight by their disk names; `name` is that of the weight.
 
     Args:
-        nested: store the scales in 8 bits, too.
         dtype: what bitsandbytes shall dequantize to.
     """
     codes = unpack_nibbles(packed.codes).flatten()
@@ -38,10 +35,11 @@ def tensors_of(name: str, packed: Packed, nested: bool, dtype: torch.dtype) -> d
         "shape": list(packed.shape),
     }
     more = {"absmax": packed.scales.float().flatten()}
-    if nested:
-        small = nest(packed.scales.float())
-        more = {"absmax": small.codes, "nested_absmax": small.absmax, "nested_quant_map": dynamic_table()}
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": small.offset.item()}
+    if packed.scale_table is not None and packed.scale_max is not None and packed.scale_offset is not None:
+        more = {"absmax": packed.scales.flatten(), "nested_absmax": packed.scale_max}
+        more["nested_quant_map"] = packed.scale_table
+        offset = packed.scale_offset.item()
+        state |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     told = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     tensors = {"quant_map": VALUES, **more, STATE: told}
     return {name: (codes[::2] << 4 | codes[1::2])[:, None], **{f"{name}.{key}": t for key, t in tensors.items()}}
@@ -84,7 +82,7 @@ def opened(parts: Mapping[str, Weight], shape: tuple[int, int], where: object) -
         f"weight.{STATE}": None,
     }
     wanted |= (
-        {"weight.nested_absmax": (-(-size // BLOCK // NESTED_BLOCK),), "weight.nested_quant_map": (256,)}
+        {"weight.nested_absmax": (-(-size // BLOCK // SCALE_BLOCK),), "weight.nested_quant_map": (256,)}
         if nested
         else {}
     )
@@ -99,25 +97,27 @@ def opened(parts: Mapping[str, Weight], shape: tuple[int, int], where: object) -
 
 
 def _read(parts: Mapping[str, Tensor], shape: tuple[int, int], where: object) -> Packed:
-    state, table, absmax = _state(parts[STATE], where), parts["quant_map"].float(), parts["absmax"]
+    state, table = _state(parts[STATE], where), parts["quant_map"].float()
+    scales: dict[str, Any] = {"scales": parts["absmax"].view(shape[0], -1)}
     if "nested_absmax" in parts:
         offset = state.get("nested_offset")
-        if not isinstance(offset, float) or state.get("nested_blocksize") != NESTED_BLOCK:
+        if not isinstance(offset, float) or state.get("nested_blocksize") != SCALE_BLOCK:
             raise CheckpointError(
                 "its nested scales do not fit", where=where, cause="damage, or blocks of another size"
             )
-        nested = Nested(absmax, parts["nested_absmax"].float(), torch.tensor(offset))
-        absmax = unnest(nested, parts["nested_quant_map"].float())
+        scales["scale_max"], scales["scale_offset"] = parts["nested_absmax"].float(), torch.tensor(offset)
+        scales["scale_table"] = parts["nested_quant_map"].float()
     said = {key: state.get(key) for key in ("quant_type", "blocksize", "shape")}
     if said != {"quant_type": "nf4", "blocksize": BLOCK, "shape": list(shape)}:
         raise CheckpointError(
             f"its state says {str(said)[:200]}", where=where, cause=f"damage, or blocks of not {BLOCK}"
         )
-    if not (table.isfinite().all() and absmax.isfinite().all()):
-        raise CheckpointError("a scale is not finite", where=where, cause="damage, or a model that had diverged")
     column = parts["weight"].flatten()
     codes = torch.stack((column >> 4, column & 15), 1).view(shape)
-    return Packed(pack_nibbles(codes), absmax.view(shape[0], -1), bits=4, group=BLOCK, table=table)
+    packed = Packed(pack_nibbles(codes), **scales, bits=4, group=BLOCK, table=table)
+    if not (table.isfinite().all() and plain_scales(packed).isfinite().all()):
+        raise CheckpointError("a scale is not finite", where=where, cause="damage, or a model that had diverged")
+    return packed
 
 
 def _state(raw: Tensor, where: object) -> dict[str, Any]:

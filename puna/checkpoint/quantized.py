@@ -18,14 +18,11 @@ from puna.ops.packed import Packed, dequantize
 from puna.ops.packed_layers import packed_layers
 
 
-def packed_tensors(
-    model: Transformer, dtype: torch.dtype, nested: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def packed_tensors(model: Transformer, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The packed layers of a model as tensors by their disk names, and config.json's section about them.
 
     Args:
         dtype: what others dequantize NF4 to.
-        nested: store NF4's scales in 8 bits, too.
 
     Raises:
         UsageError: weights that no layout has a place for.
@@ -36,7 +33,8 @@ def packed_tensors(
     layers = {to_disk_name(f"{n}.weight").removesuffix(".weight"): layer.packed for n, layer in found.items()}
     tables = {packed.table is not None for packed in layers.values()}
     if tables == {True}:
-        parts = [bitsandbytes.tensors_of(f"{n}.weight", packed, nested, dtype) for n, packed in layers.items()]
+        parts = [bitsandbytes.tensors_of(f"{n}.weight", packed, dtype) for n, packed in layers.items()]
+        nested = any(packed.scale_table is not None for packed in layers.values())
         section = bitsandbytes.quantization_config(nested, dtype)
     elif tables == {False}:
         parts = [compressed_tensors.tensors_of(name, packed) for name, packed in layers.items()]

@@ -17,6 +17,7 @@ from puna.cli import (
     download,
     evaluate,
     inspect,
+    merge,
     models,
     quantize,
     quickstart,
@@ -43,6 +44,7 @@ models.register(app)
 inspect.register(app)
 convert.register(app)
 quantize.register(app)
+merge.register(app)
 chat.register(app)
 evaluate.register(app)
 download.register(app)

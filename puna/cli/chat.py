@@ -1,4 +1,4 @@
-"""`puna chat` and `puna merge`."""
+"""`puna chat`."""
 
 import json
 import sys
@@ -16,7 +16,6 @@ _HELP = 'Type a message; """ begins and ends one of several lines. /system TEXT,
 
 def register(app: typer.Typer) -> None:
     app.command("chat")(chat)
-    app.command("merge")(merge)
 
 
 def chat(
@@ -68,35 +67,6 @@ def chat(
         elif text.strip():
             messages.append({"role": "user", "content": text})
             _take_turn(llama, messages, offered, options)
-
-
-def merge(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter folder, or a run that made one.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The model folder to write.")],
-    save_dtype: Annotated[str, typer.Option(help="bf16, fp32 or fp16.")] = "bf16",
-) -> None:
-    """Add an adapter into its base model and write a model directory."""
-    from puna.checkpoint.adapter import base_of
-    from puna.checkpoint.model_directory import check_folder_name
-    from puna.checkpoint.names import DTYPES
-    from puna.checkpoint.registry import find_model
-    from puna.files import as_path
-    from puna.infer.llama import load
-    from puna.lineage import lineage, parent
-    from puna.lora import lora_parameters, merge_lora
-
-    target = as_path(target)
-    if save_dtype not in DTYPES:
-        raise UsageError(f"`{save_dtype}` is not a dtype", fix=", ".join(DTYPES))
-    check_folder_name(target)
-    llama = load(adapter, dtype="fp32", device="cpu")
-    if not lora_parameters(llama.model):
-        raise UsageError("this is no adapter: there is nothing to merge", where=adapter, fix="use it as it is")
-    merge_lora(llama.model)
-    base = base_of(llama.path)
-    made_from = lineage("merge", [llama.path, parent(base, find_model(base))])
-    llama.save(target, dtype=save_dtype, made_from=made_from)
-    print(target)
 
 
 def _load(model: str, dtype: str, template: str | None, packed: Any) -> Any:

@@ -142,7 +142,7 @@ def _show_answers(run: Path) -> None:
 def _show_tuned(run: Path, merged: Path) -> None:
     """Before and after, and whether the merged model, saved and loaded again, is the one that was trained."""
     from puna.checkpoint.weight_files import read_json
-    from puna.cli.chat import merge
+    from puna.cli.merge import merge
     from puna.config import read_yaml
     from puna.eval.parity.observe import compare_models
     from puna.infer.llama import load as load_model
@@ -150,7 +150,7 @@ def _show_tuned(run: Path, merged: Path) -> None:
     _show_answers(run)
     if not merged.exists():
         log.info("puna merge %s %s --save-dtype fp32", run, merged)
-        merge(str(run), merged, "fp32")
+        merge([str(run)], merged, "fp32")
     trained, reloaded = (load_model(path, dtype="fp32") for path in (run, merged))
     parity = compare_models(trained, reloaded, read_yaml(run / "resolved.yaml")["samples"]["prompts"])
     told = f"logits within {parity.max_difference:.1e}, {parity.same} of {parity.prompts} answers the same"

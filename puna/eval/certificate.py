@@ -77,7 +77,7 @@ def quantize(
     }  # fmt: skip
     made_from = lineage("quantize", [found], **told)
     with atomic_folder(target) as folder:
-        parts = packed_tensors(before.model, torch.bfloat16, to.nested)
+        parts = packed_tensors(before.model, torch.bfloat16)
         save_model(folder, before.model, before.tokenizer, "bf16", made_from, before.stop_ids, parts)
         del before, parts
         after = load(folder, "fp32", packed=True)

@@ -15,11 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from puna.checkpoint.adapter import read_adapter
+from puna.checkpoint.adapter import adapter_config, embedding_rows, quantized_base_of, read_adapter
 from puna.config import nearest
 from puna.errors import UsageError
+from puna.log import log
 from puna.lora import LoraLinear
 from puna.model.transformer import Transformer
+from puna.ops.packed_layers import packed_layers
 
 
 class LowRank(NamedTuple):
@@ -114,6 +116,13 @@ class Adapters:
 
     @torch.no_grad()
     def _read(self, folder: Path) -> dict[str, LowRank]:
+        if adapter_config(folder).modules_to_save or embedding_rows(folder) is not None:
+            raise UsageError(
+                "an adapter with layers of its own (modules_to_save) is not told apart by request", where=folder,
+                fix=f"puna merge {folder} FOLDER, or load it alone",
+            )  # fmt: skip
+        if (trained_on := quantized_base_of(folder)) and not packed_layers(self.model):
+            log.warning("%s was trained on a base in %s, this one is not quantized", folder, trained_on)
         config, tensors = read_adapter(self.model, folder)
         if any(tensor.startswith("lm_head.") for tensor in tensors):
             raise UsageError("adapters of lm_head are not told apart by request", where=folder, fix="puna merge")

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from puna.checkpoint.adapter import CONFIG as ADAPTER
-from puna.checkpoint.adapter import base_of, load_adapter, tokenizer_of
+from puna.checkpoint.adapter import base_of, embedding_rows, load_adapter, quantized_base_of, tokenizer_of
 from puna.checkpoint.model_directory import check_folder_name, save_model
 from puna.checkpoint.names import DTYPES
 from puna.checkpoint.quantized import packed_tensors
 from puna.checkpoint.registry import find_model, open_model
+from puna.checkpoint.rounded import rounded
 from puna.device import choose_device, choose_dtype
 from puna.errors import UsageError
 from puna.files import as_path, atomic_folder
@@ -239,14 +240,11 @@ class Llama:
         stops = dict.fromkeys([*tokenizer.stop_ids, *self.stop_ids])  # what was added may be the end of a turn
         return replace(self, model=model, tokenizer=tokenizer, stop_ids=list(stops))
 
-    def save(
-        self, path: str | Path, dtype: str = "bf16", made_from: Mapping[str, Any] | None = None, nested: bool = False
-    ) -> None:
+    def save(self, path: str | Path, dtype: str = "bf16", made_from: Mapping[str, Any] | None = None) -> None:
         """Write a model directory that transformers, vLLM and llama.cpp's converter open.
 
         Args:
             made_from: its lineage; by default that it was saved from this model.
-            nested: NF4's scales in 8 bits (nf4-double), which rounds them anew; by default in fp32, as computed with.
 
         Raises:
             UsageError: `path` exists, or has the name of a file.
@@ -254,16 +252,13 @@ class Llama:
         check_folder_name(target := as_path(path))
         with atomic_folder(target) as folder:
             made_from = made_from or lineage("save", [self.path])
-            layers = packed_layers(self.model)
-            packed = packed_tensors(self.model, DTYPES[dtype], nested) if layers else ({}, {})
-            if not nested and any(layer.packed.table is not None for layer in layers.values()):
-                log.info("NF4: scales are saved in fp32; in 8 bits (nf4-double): save(..., nested=True)")
+            packed = packed_tensors(self.model, DTYPES[dtype]) if packed_layers(self.model) else ({}, {})
             save_model(folder, self.model, self.tokenizer, dtype, dict(made_from), self.stop_ids, packed)
 
 
 def load(
     path: str | Path, dtype: str = "auto", device: str = "auto", *, variables: Mapping[str, Any] | None = None,
-    packed: bool | Literal["auto"] = False,
+    packed: bool | Literal["auto"] = False, quantize: str | None = "auto",
 ) -> Llama:  # fmt: skip
     """Load a model or adapter directory, a run folder, a .gguf file, or a registered name such as smollm2-135m.
 
@@ -272,23 +267,43 @@ def load(
         variables: for the chat template, such as {"builtin_tools": ["brave_search"]} or {"date_string": "01 Mar 2025"}.
         packed: compute in quantized weights as they are stored, instead of dequantizing them; auto: where kernels for
             that are at hand. Packed weights are frozen.
+        quantize: round the linear layers of the blocks as they are read: nf4, int8, int4 or int8-int4. auto: to what
+            the base of an adapter was rounded to while it was trained, and of anything else nothing; None: nothing.
 
     Raises:
         CheckpointError: not a model, or damaged. DataError: its tokenizer cannot be read.
+        UsageError: what cannot be quantized so.
     """
+    llama = load_base(path, dtype, device, packed=packed, quantize=quantize)
+    if (llama.path / ADAPTER).exists():
+        load_adapter(llama.model, llama.path)
+    return replace(llama, model=llama.model.eval(), variables=variables or {})
+
+
+def load_base(
+    path: str | Path, dtype: str = "auto", device: str = "auto", *, packed: bool | Literal["auto"] = False,
+    quantize: str | None = "auto",
+) -> Llama:  # fmt: skip
+    """`load`, but of an adapter its base alone, with the adapter's tokenizer and a row for each of its tokens."""
     where = choose_device(device)
     found = find_model(path)
     compute = choose_dtype(dtype, where)
     adapted = (found / ADAPTER).exists()
     stored = open_model(base_of(found) if adapted else found)
+    to = quantize if quantize != "auto" else quantized_base_of(found) if adapted else None
+    if to is not None:
+        stored = rounded(stored, to)
     with ThreadPoolExecutor(1) as side:  # parsing a vocabulary takes as long as the weights, and holds no lock
         reading = side.submit(tokenizer_of, found, stored)
-        keep = packed is True or (packed == "auto" and where.type == "cpu" and native() is not None)
+        keep = to is not None or packed is True or (packed == "auto" and where.type == "cpu" and native() is not None)
         model = stored.load(compute, where, put if keep else None)
-        if stored.quantized:
+        if to is not None:
+            log.info("weights: %s, the linear layers rounded to %s", stored.storage, to)
+        elif stored.quantized:
             log.info("weights: %s, %s", stored.storage, "as stored" if packed_layers(model) else "dequantized")
-    if adapted:
-        load_adapter(model, found)
+    rows = embedding_rows(found) if adapted else None
+    if rows is not None and rows != model.config.vocab_size:
+        model = resize_embeddings(model, rows)
     tokenizer = reading.result()
     stops = dict.fromkeys([*tokenizer.stop_ids, *stored.stop_ids])
-    return Llama(model.eval(), tokenizer, found, list(stops), variables or {})
+    return Llama(model, tokenizer, found, list(stops))

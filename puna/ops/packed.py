@@ -17,6 +17,8 @@ from puna.ops.native import linear as by_native
 from puna.ops.native.library import KINDS, Native, Weight, native
 from puna.ops.nibbles import unpack_nibbles
 
+SCALE_BLOCK = 256
+"""Scales, row after row, that share a scale of their own where they are quantized, too (QLoRA's section 3)."""
 _TILE = 2**20  # weights dequantized at once for many rows: 2 MB of bf16 stay in the cache
 Activations = Literal["float", "int8"]
 
@@ -28,10 +30,13 @@ class Packed:
     Args:
         codes: of 8 bits int8 (out, in); of 4 bits uint8 (out, in / 2): within each 32 weights byte j (0..15) has weight
             j in its low half and weight j + 16 in its high half.
-        scales: (out, in / group) fp16 or fp32.
+        scales: (out, in / group) fp16 or fp32; or uint8 where they are quantized, too, see `plain_scales`.
         mins: (out, in / group), added to each weight of the group; a 4-bit code is then 0..15 instead of -8..7.
         group: weights along the input that share a scale; all of them are one scale a row.
         table: what the 4-bit codes mean, (16,) fp32, where they are not integers.
+        scale_table: what the codes of quantized scales mean, (256,) fp32.
+        scale_max: (scales / 256,) fp32, the scale of each 256 of them.
+        scale_offset: () fp32, added to each of them.
         activations: "int8" rounds each row of the input to 8 bits of its own scale before the product.
     """
 
@@ -42,6 +47,9 @@ class Packed:
     group: int = 32
     table: Tensor | None = None
     activations: Activations = "float"
+    scale_table: Tensor | None = None
+    scale_max: Tensor | None = None
+    scale_offset: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,20 +59,27 @@ class Packed:
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and minima."""
-        return self.codes.nbytes + self.scales.nbytes + (0 if self.mins is None else self.mins.nbytes)
+        parts = (self.codes, self.scales, self.mins, self.scale_max, self.scale_offset)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def rows(self, index: Tensor | slice) -> "Packed":
         """Some rows, in another order or repeated."""
-        mins = None if self.mins is None else self.mins[index]
-        return replace(self, codes=self.codes[index], scales=self.scales[index], mins=mins)
+        mins, scales = None if self.mins is None else self.mins[index], self.scales
+        if self.scale_table is not None:  # their blocks run over the ends of rows
+            scales = plain_scales(self)
+        plain = dict.fromkeys(("scale_table", "scale_max", "scale_offset"))
+        return replace(self, codes=self.codes[index], scales=scales[index], mins=mins, **plain)
 
     @cached_property
     def native(self) -> Weight | None:
         """What the native kernels read of these tensors, which live as long as this object; None: not theirs."""
-        tensors = (self.codes, self.scales, self.mins, self.table)
+        nested = (self.scale_table, self.scale_max, self.scale_offset)
+        tensors = (self.codes, self.scales, self.mins, self.table, *nested)
         if any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors if t is not None):
             return None
-        if self.scales.dtype not in (torch.float16, torch.float32):
+        if self.scales.dtype not in ((torch.uint8,) if nested[0] is not None else (torch.float16, torch.float32)):
+            return None
+        if any(t.dtype != torch.float32 for t in nested if t is not None):
             return None
         if self.group % 32 and self.group != self.shape[1]:
             return None
@@ -85,8 +100,28 @@ def dequantize(packed: Packed) -> Tensor:
     else:
         values = unpack_nibbles(packed.codes).float()
         values = values if packed.mins is not None else values - 8
-    groups = values.unflatten(1, (-1, packed.group)) * packed.scales.float()[:, :, None]
+    groups = values.unflatten(1, (-1, packed.group)) * plain_scales(packed)[:, :, None]
     return (groups if packed.mins is None else groups + packed.mins.float()[:, :, None]).flatten(1)
+
+
+def plain_scales(packed: Packed) -> Tensor:
+    """The scales as numbers, (out, in / group) fp32: of quantized ones a product and a sum, each rounded once."""
+    table, most, offset = packed.scale_table, packed.scale_max, packed.scale_offset
+    if table is None or most is None or offset is None:
+        return packed.scales.float()
+    values = table[packed.scales.flatten().int()]
+    return (values * most.repeat_interleave(SCALE_BLOCK)[: len(values)] + offset).view_as(packed.scales)
+
+
+def expanded(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The weight, (out, in) in `dtype`; with the native kernels nothing wider is made on the way."""
+    library = native() if dtype in by_native.DTYPES else None
+    weight = packed.native if library is not None else None
+    if library is None or weight is None:
+        return dequantize(packed).to(dtype)
+    out = torch.empty(packed.shape, dtype=dtype)
+    by_native.expand(library, weight, 0, packed.shape[0], out)
+    return out
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,4 +183,4 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return grad @ dequantize(ctx.packed).to(grad.dtype), None
+        return grad @ expanded(ctx.packed, grad.dtype), None

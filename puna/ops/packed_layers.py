@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from puna.ops.packed import Packed, dequantize, packed_linear
 
-TENSORS = ("codes", "scales", "mins", "table")
+TENSORS = ("codes", "scales", "mins", "table", "scale_table", "scale_max", "scale_offset")
 """The parts of a `Packed`, and the buffers of a layer."""
 
 

@@ -1,18 +1,16 @@
 """NF4 (Dettmers et al. 2023, QLoRA): 16 values at the quantiles of a normal distribution, scaled by a block's largest.
 
-Codes and values are those of bitsandbytes, bit for bit. Its second quantization, that of the scales, rounds to the
-nearest here; bitsandbytes looks a few of them up one step further.
+Codes, scales and values are those of bitsandbytes' CPU backend, bit for bit, also those of its double quantization.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from puna.ops.nibbles import pack_nibbles
-from puna.ops.packed import Packed
-from puna.quant import dynamic
+from puna.ops.packed import SCALE_BLOCK, Packed
 from puna.quant.rounding import check_finite
 
 BLOCK = 64
@@ -24,18 +22,8 @@ VALUES = torch.tensor(
     ]
 )  # fmt: skip
 _BOUNDS = (VALUES[:-1] + VALUES[1:]) / 2
+_HALF = 32767.5  # of 65,535, the steps from -1 to 1
 _LEAST = 1e-38  # a block of zeros is divided by it
-
-
-class Nested(NamedTuple):
-    """Scales in 8 bits: value = table[codes] * absmax of its block of 256 + offset."""
-
-    codes: Tensor
-    """(scales,) uint8."""
-    absmax: Tensor
-    """(blocks,) fp32."""
-    offset: Tensor
-    """() fp32, the mean of all scales."""
 
 
 def round_nf4(weight: Tensor) -> Packed:
@@ -53,19 +41,37 @@ def round_nf4(weight: Tensor) -> Packed:
     return Packed(pack_nibbles(codes), scales.view(len(weight), -1), bits=4, group=BLOCK, table=table)
 
 
-def nest(scales: Tensor) -> Nested:
-    """fp32 scales of any shape in 8 bits."""
-    offset = scales.mean()
-    codes, absmax = dynamic.quantize(scales - offset)
-    return Nested(codes, absmax, offset)
-
-
-def unnest(nested: Nested, table: Tensor) -> Tensor:
-    """The scales, (scales,) fp32; `table` (256,) says what the codes mean."""
-    return dynamic.dequantize(nested.codes, nested.absmax, table) + nested.offset
-
-
 def with_nested_scales(packed: Packed) -> Packed:
-    """NF4 whose scales are what 8 bits hold of them: 4.13 bits a weight instead of 4.5."""
-    table = dynamic.table_on(True, packed.scales.device)
-    return replace(packed, scales=unnest(nest(packed.scales), table).view_as(packed.scales))
+    """Double quantization (section 3): scales less their mean in 8 bits, 4.13 bits a weight instead of 4.5."""
+    scales = packed.scales.float().flatten()
+    offset = scales.mean()
+    blocks = torch.nn.functional.pad(scales - offset, (0, -len(scales) % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+    most = blocks.abs().amax(1)
+    scaled = (blocks * (1 / most.clamp(min=_LEAST))[:, None]).clamp(-1, 1)
+    codes = _code_of_each_place().to(scales.device)[((scaled + 1) * _HALF + 0.5).int()]
+    laid = torch.where(most[:, None] > 0, codes, 0).flatten()[: len(scales)].view_as(packed.scales).contiguous()
+    return replace(
+        packed, scales=laid, scale_table=dynamic_table().to(scales.device), scale_max=most, scale_offset=offset
+    )
+
+
+@cache
+def dynamic_table() -> Tensor:
+    """The 256 values of a dynamic 8-bit float (Dettmers 2015): seven decades, each with twice the steps of the last."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        means = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [*means.tolist(), *(-means).tolist()]
+    return torch.tensor(sorted(values))
+
+
+@cache
+def _code_of_each_place() -> Tensor:
+    """(65536,) uint8. bitsandbytes puts a value at the nearest of so many places from -1 to 1 and takes its code.
+
+    The steps of the table are finer about zero than the places are: there it is a step off, and so are we.
+    """
+    table = dynamic_table()
+    places = torch.arange(2**16) / _HALF - 1
+    return torch.bucketize(places, (table[:-1] + table[1:]) / 2).to(torch.uint8)

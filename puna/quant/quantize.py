@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from puna.errors import UsageError
-from puna.model.transformer import Transformer
+from puna.model.transformer import Linear, Transformer
 from puna.ops.packed import Packed
 from puna.ops.packed_layers import PackedEmbedding, PackedLinear, packed_layers
 from puna.quant.schemes import Kind, Scheme, scheme
@@ -74,6 +74,27 @@ def put(model: Transformer, name: str, packed: Packed, device: torch.device) -> 
     setattr(model, name, PackedEmbedding(replace(head.packed, activations="float")))
     if model.config.tie_embeddings:
         setattr(model, "lm_head", head)  # noqa: B010
+
+
+@torch.no_grad()
+def unpack_layers(model: nn.Module) -> None:
+    """Replace packed linear layers by plain ones of the dequantized weights, fp32, in place and one at a time.
+
+    Raises:
+        UsageError: layers that round what enters them: no plain weight computes the same.
+    """
+    for name, layer in packed_layers(model).items():
+        if not isinstance(layer, PackedLinear):
+            continue
+        if layer.packed.activations != "float":
+            raise UsageError(
+                f"{name} rounds what enters it to 8 bits: no plain weight computes the same", fix="the unquantized base"
+            )
+        with torch.device("meta"):
+            plain = Linear(layer.in_features, layer.out_features)
+        plain.weight = nn.Parameter(layer.weight, requires_grad=False)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain)
 
 
 def _plain(model: Transformer, name: str) -> Tensor:

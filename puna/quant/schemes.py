@@ -7,7 +7,7 @@ from torch import Tensor
 from puna.config import nearest
 from puna.errors import UsageError
 from puna.ops.packed import Activations, Packed
-from puna.quant.nf4 import BLOCK, round_nf4
+from puna.quant.nf4 import BLOCK, round_nf4, with_nested_scales
 from puna.quant.rounding import round_symmetric
 
 
@@ -18,11 +18,14 @@ class Kind(NamedTuple):
     group: int = 0
     activations: Activations = "float"
     nf4: bool = False
+    nested: bool = False
+    """Whether the scales are in 8 bits, too (of nf4)."""
 
     def pack(self, weight: Tensor) -> Packed:
         """(out, in) -> the nearest weight of this kind."""
         if self.nf4:
-            return round_nf4(weight)
+            packed = round_nf4(weight)
+            return with_nested_scales(packed) if self.nested else packed
         return round_symmetric(weight, self.bits, self.group or weight.shape[1], self.activations)
 
     def problem(self, columns: int) -> str:
@@ -41,8 +44,6 @@ class Scheme(NamedTuple):
     embedding: Kind | None = None
     groups: tuple[int, ...] = ()
     """What `linears.group` may be instead."""
-    nested: bool = False
-    """Whether the scales are stored in 8 bits, too (of nf4)."""
 
 
 _ROW = Kind(8)
@@ -55,9 +56,11 @@ SCHEMES = {
         Kind(4, 32, "int8"), Kind(8, 0, "int8"), groups=(32, 64, 128, 256),
     ),
     "nf4": Scheme("QLoRA's 4 bits in blocks of 64, the head as it is", _NF4),
-    "nf4-double": Scheme("nf4 with scales of 8 bits", _NF4, nested=True),
+    "nf4-double": Scheme("nf4 with scales of 8 bits", _NF4._replace(nested=True)),
 }  # fmt: skip
 """Of weights alone, unless a summary says otherwise."""
+BASES = {"nf4": SCHEMES["nf4-double"].linears, **{n: SCHEMES[n].linears for n in ("int8", "int4", "int8-int4")}}
+"""What the linear layers of a frozen base become under adapters; head and embedding stay as they are."""
 
 
 def scheme(name: str, group: int | None = None, compact: bool = False) -> Scheme:

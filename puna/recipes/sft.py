@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from puna.checkpoint.registry import load_tokenizer
 from puna.config import Config as BaseConfig
 from puna.config import UserPath
 from puna.data.conversations import ChatSource, given
@@ -30,7 +29,7 @@ from puna.train.blocks import checkpoint_blocks, compile_blocks
 from puna.train.fit import TrainConfig, check_training, fit
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
-from puna.tune.model import TunedModel, load_tuned, saver
+from puna.tune.model import TunedModel, load_tuned, saver, tuned_tokenizer
 from puna.tune.rows import ChatRows, encode, template_variables
 
 
@@ -78,7 +77,7 @@ def main(config: Config) -> Path:
     """Train on packed conversations and write `final/`. Run again after an interruption, it goes on."""
     with shared_run(config) as run:
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
-        tokenizer, rows = encode(config, load_tokenizer(config.model), config.data)
+        tokenizer, rows = encode(config, tuned_tokenizer(config), config.data)
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
         train, valid = split_rows(rows, config.valid_fraction)
         check_training(config.train, config.device, held_out=bool(valid))

@@ -4,14 +4,18 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
+from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import save_adapter
 from puna.checkpoint.model_directory import save_model
+from puna.checkpoint.registry import find_model, load_tokenizer, open_model
 from puna.config import RecipeConfig
 from puna.device import choose_dtype
-from puna.errors import DataError
+from puna.errors import DataError, UsageError
 from puna.infer.llama import Llama, load
 from puna.log import log
-from puna.lora import LoraConfig, add_lora, lora_parameters
+from puna.lora import LoraConfig, adapted_layers, add_lora, lora_parameters, whole_parameters
+from puna.model.init import build_model
+from puna.tokenizer.tokenizer import Tokenizer
 
 
 class TunedModel(RecipeConfig):
@@ -19,27 +23,76 @@ class TunedModel(RecipeConfig):
 
     model: str = "runs/pretrain"
     """What to start from: a model or run folder, a .gguf file, or smollm2-135m."""
+    new_tokens: list[str] = []
+    """Control tokens at the end of the vocabulary, which text never becomes: ids for a template of one's own. Each is
+    a row of embedding and head to be learned; under lora that takes modules_to_save: [embed_tokens, lm_head]."""
+    quantize: Literal["nf4", "int8", "int4", "int8-int4"] | None = None
+    """The linear layers of the frozen base under lora in fewer bits (QLoRA). nf4: a quarter of bf16's memory; int8:
+    half of it, and nearer to the model. Costs time in every step; the adapter then belongs to the rounded base."""
     lora: LoraConfig | None = LoraConfig()
     """Adapters on a frozen base; null trains every weight."""
     save_dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Of a fully trained model; adapters are fp32."""
 
 
+def check_tuned(config: TunedModel) -> None:
+    """What of the config cannot be, told before any weight is read.
+
+    Raises:
+        UsageError: settings that exclude one another. DataError: the model is an adapter itself.
+    """
+    if (found := find_model(config.model) / ADAPTER).exists():
+        fix = f"puna merge {config.model} FOLDER, and then model=FOLDER"
+        raise DataError("the model is an adapter itself", where=found.parent, fix=fix)
+    if config.quantize and not config.lora:
+        raise UsageError(
+            f"quantize: {config.quantize} without lora", cause="packed weights are frozen: nothing would be trained",
+            fix="lora: {rank: 16}, or quantize: null",
+        )  # fmt: skip
+    if config.lora is None:
+        return
+    model = build_model(open_model(config.model).config)  # names without weights
+    if tied := model.config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    adapted_layers(model, config.lora)
+    trained = whole_parameters(model, config.lora)
+    ends = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    if config.new_tokens and any(f"{name}.weight" not in trained for name in ends):
+        raise UsageError(
+            "new_tokens under lora: their rows are frozen, and nothing would be learned of them", where="new_tokens",
+            fix=f"lora.modules_to_save: [{', '.join(ends)}]",
+        )  # fmt: skip
+
+
+def tuned_tokenizer(config: TunedModel) -> Tokenizer:
+    """The model's tokenizer with the new tokens.
+
+    Raises:
+        UsageError, DataError: see `check_tuned`; a new token that exists already.
+    """
+    check_tuned(config)
+    tokenizer = load_tokenizer(config.model)
+    return tokenizer.with_tokens(config.new_tokens) if config.new_tokens else tokenizer
+
+
 def load_tuned(config: TunedModel, variables: Mapping[str, Any]) -> Llama:
     """The base in the compute dtype under adapters, or in fp32 with that compute dtype to train every weight.
 
     Raises:
-        DataError: the model is an adapter itself.
+        UsageError, DataError: see `check_tuned`.
     """
+    check_tuned(config)
+    dtype = config.dtype if config.lora else "fp32"
+    llama = load(config.model, dtype, config.device, variables=variables, quantize=config.quantize)
+    if config.new_tokens:
+        llama = llama.add_tokens(config.new_tokens)
     if config.lora:
-        llama = load(config.model, dtype=config.dtype, device=config.device, variables=variables)
-        if lora_parameters(llama.model):
-            raise DataError("the model is an adapter itself", where=config.model, fix="puna merge it first")
         add_lora(llama.model, config.lora, config.seed)
         count = sum(p.numel() for p in lora_parameters(llama.model).values())
         log.info("training %s adapter weights of rank %d", f"{count:,}", config.lora.rank)
+        if whole := whole_parameters(llama.model, config.lora):
+            log.info("and %s weights of %s", f"{sum(p.numel() for p in whole.values()):,}", ", ".join(whole))
         return llama
-    llama = load(config.model, dtype="fp32", device=config.device, variables=variables)
     llama.model.compute_dtype = choose_dtype(config.dtype, next(llama.model.parameters()).device)
     return llama
 
@@ -48,8 +101,9 @@ def saver(config: TunedModel, llama: Llama) -> Callable[..., None]:
     """(folder, lineage=...) -> the adapter, or the whole model, in that folder."""
     if config.lora:
         return partial(
-            save_adapter, model=llama.model, config=config.lora, base=config.model, tokenizer=llama.tokenizer
-        )
+            save_adapter, model=llama.model, config=config.lora, base=config.model, tokenizer=llama.tokenizer,
+            quantize=config.quantize,
+        )  # fmt: skip
     return partial(
         save_model, model=llama.model, save_dtype=config.save_dtype, tokenizer=llama.tokenizer, stop_ids=llama.stop_ids
     )

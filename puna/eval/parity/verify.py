@@ -1,11 +1,12 @@
 """`puna verify A --against B`: do two models, of whatever formats, say the same? One is in memory at a time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from puna.checkpoint.adapter import CONFIG as ADAPTER
-from puna.checkpoint.adapter import base_of, tokenizer_of
+from puna.checkpoint.adapter import base_of, embedding_rows, tokenizer_of
 from puna.checkpoint.registry import find_model, find_written, open_file, open_model
 from puna.checkpoint.stored import Stored
 from puna.errors import CheckpointError, UsageError
@@ -98,6 +99,9 @@ def _open(name: str | Path) -> Side:
     found = find_model(name)
     adapter = (found / ADAPTER).exists()
     stored = open_model(base_of(found) if adapter else found)
+    rows = embedding_rows(found) if adapter else None
+    if rows is not None:  # of tokens that were added with the adapter
+        stored = replace(stored, config=stored.config.model_copy(update={"vocab_size": rows}))
     return Side(str(name), found, stored, tokenizer_of(found, stored), adapter)
 
 

@@ -15,7 +15,7 @@ def plain_weight(weight: Tensor) -> Weight | None:
     if weight.dtype not in DTYPES or weight.device.type != "cpu" or not weight.is_contiguous():
         return None
     out, in_ = weight.shape
-    return Weight(weight.data_ptr(), None, None, None, out, in_, in_, DTYPES[weight.dtype], 0, 0)
+    return Weight(weight.data_ptr(), out=out, in_=in_, group=in_, kind=DTYPES[weight.dtype])
 
 
 def takes(x: Tensor) -> bool:

@@ -14,6 +14,8 @@ struct Weight {
     const void* scales;  // (out, in / group); null for FLOAT32 and BFLOAT16
     const void* mins;    // like scales, or null
     const float* table;  // 16 values of a 4-bit code, or null
+    // Where scales are 8-bit codes themselves, else null: their 256 values, the scale of each 256 of them, what is added.
+    const float *scale_table, *scale_max, *scale_offset;
     int64_t out, in, group;
     int32_t kind;
     int32_t half_scales;  // scales and mins are fp16, else fp32
