@@ -1,7 +1,7 @@
 """Checkpoints a run can go on from: a model directory plus the exact train state.
 
 step-N/                 model directory in save_dtype: any checkpoint can be chatted with
-step-N/optimizer/       fp32 parameters and optimizer moments, torch's distributed checkpoint in safetensors
+step-N/optimizer/       fp32 parameters and optimizer moments, as torch's distributed checkpoint reads safetensors
 step-N/state.json       step, tokens, seconds, data position, generator states (CPU, device) by rank, threads
 
 Every rank writes and reads its parts; any number of ranks goes on from what any number has saved.
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from puna.checkpoint.model_directory import checkpoints
+from puna.checkpoint.safetensors_file import Weight, write_safetensors
 from puna.checkpoint.weight_files import read_json
 from puna.dist.collectives import from_each, from_first, on_first
 from puna.errors import CheckpointError
@@ -188,14 +189,20 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Of one rank a tensor at a time: torch's writer holds all of them twice more, which is more than training takes."""
+    if ranks() == 1:
+        folder.mkdir()
+        weights = {name: Weight(tuple(t.shape), t.dtype, t.cpu) for name, t in tensors.items()}
+        write_safetensors(folder / "model-00001-of-00001.safetensors", weights, lambda name: None)
+        return
     # Imported here: a second of start-up that only saving and resuming need.
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     with warnings.catch_warnings():  # "torch.distributed is disabled": one process is what we mean
         warnings.simplefilter("ignore")
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=ranks() > 1)
-        save(dict(tensors), storage_writer=writer, no_dist=ranks() == 1)
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save(dict(tensors), storage_writer=writer)
 
 
 def _read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

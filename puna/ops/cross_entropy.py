@@ -61,6 +61,7 @@ class _Chunked(torch.autograd.Function):
             grad_hidden[rows] = grad @ compute
             if grad_weight is not None:
                 grad_weight += grad.T @ h
+            del log_probs, grad  # or they would be there beside those of the next chunk
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
