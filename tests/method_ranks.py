@@ -12,7 +12,7 @@ from torch import Tensor
 
 from puna.checkpoint.train_state import TrainState
 from puna.data.loader import Batch
-from puna.dist import shared
+from puna.dist import collectives
 from puna.dist.collectives import process_group
 from puna.dist.fsdp import gathered
 from puna.log import setup_logging
@@ -77,6 +77,6 @@ if __name__ == "__main__":
     setup_logging(-1)
     torch.set_num_threads(1)
     with process_group("cpu"):
-        shared.process_group = contextlib.nullcontext  # the ranks are connected once, not for each run
+        collectives.process_group = contextlib.nullcontext  # the ranks are connected once, not for each run
         for name, words in methods.items():
             first_step({**words, "output": str(folder / name)}, folder / f"{name}.pt")

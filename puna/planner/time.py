@@ -1,4 +1,4 @@
-"""Seconds of a step: its products at the rate this machine multiplies at, and the optimizer's bytes at its bandwidth."""
+"""Seconds of a step: products at the rate at which this machine multiplies, the optimizer's bytes at its bandwidth."""
 
 import time
 from functools import cache

@@ -12,9 +12,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from puna.config import Config as BaseConfig
 from puna.config import UserPath
 from puna.data.conversations import ChatSource, given, passes
-from puna.data.leaks import tell_leaks
 from puna.data.packing import PackedLoader
-from puna.data.rows import Rows, split_rows
+from puna.data.rows import Rows
 from puna.dist.collectives import from_first, on_first, shared_run, stop_together, use_machine
 from puna.dist.fsdp import shard
 from puna.errors import UsageError
@@ -34,7 +33,7 @@ from puna.train.fit import Objective, TrainConfig, check_training, fit
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
 from puna.tune.model import TunedModel, check_tuned, load_tuned, saver, trained_for, tuned_tokenizer
-from puna.tune.rows import ChatRows, encode, steps_of, template_variables, write_selection
+from puna.tune.rows import ChatRows, encode, read_rows, steps_of, template_variables
 from puna.tune.teacher import check_teacher, distillation, load_teacher
 
 
@@ -91,15 +90,10 @@ def main(config: Config, objective: Objective | None = None) -> Path:
     _check(config, objective)
     with shared_run(config) as run:
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
-        tokenizer, rows = encode(config, tuned_tokenizer(config), config.data)
+        tokenizer, train, valid = read_rows(config, tuned_tokenizer(config), run.folder / "selection.json")
         if config.distill:
             check_teacher(config.distill, tokenizer)
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
-        apart = encode(config, tokenizer, config.valid)[1] if given(config.valid) else []
-        train, valid = split_rows(rows, 0 if apart else config.valid_fraction)
-        valid = apart or valid
-        from_first(write_selection, run.folder / "selection.json", config.data)
-        from_first(tell_leaks, train, valid)
         check_training(config.train, config.device, held_out=bool(valid))
         use_machine(run)
         base = load_tuned(config, template_variables(config))

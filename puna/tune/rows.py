@@ -9,8 +9,9 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from puna.config import RecipeConfig, UserPath
-from puna.data.conversations import ChatSource, read_conversations
+from puna.data.conversations import ChatSource, given, read_conversations
 from puna.data.encode import Encoding, TooLong
+from puna.data.leaks import tell_leaks
 from puna.data.packing import PackedLoader
 from puna.data.packs import pack_rows
 from puna.data.quality.config import SelectConfig
@@ -71,6 +72,20 @@ def encode(
     return tokenizer.with_template(chat.source), rows[0]
 
 
+def read_rows(config: ChatRows, tokenizer: Tokenizer, selection: Path) -> tuple[Tokenizer, Rows, Rows]:
+    """The tokenizer with the chat template in force, the rows to train on and those held out.
+
+    What was dropped is written to `selection`; what training and the held-out rows have in common is told.
+    """
+    tokenizer, rows = encode(config, tokenizer, config.data)
+    apart = encode(config, tokenizer, config.valid)[1] if given(config.valid) else Rows.of([])
+    train, valid = split_rows(rows, 0 if apart else config.valid_fraction)
+    valid = apart or valid
+    from_first(_write_selection, selection, config.data)
+    from_first(tell_leaks, train, valid)
+    return tokenizer, train, valid
+
+
 def packed_as(config: ChatRows, rows: Rows) -> dict[str, Any]:
     """What training would read of the rows, in numbers; packs, and how full they are, are of the training part."""
     train, held_out = split_rows(rows, config.valid_fraction)
@@ -96,7 +111,7 @@ def template_variables(config: ChatRows) -> dict[str, Any]:
     return {"date_string": config.date_string, **config.variables}
 
 
-def write_selection(path: Path, source: ChatSource) -> None:
+def _write_selection(path: Path, source: ChatSource) -> None:
     """What `select` kept and dropped of the source, once, in `path`; nothing where it drops nothing.
 
     It reads the conversations again: the ids of an earlier run may have been found without reading any.
