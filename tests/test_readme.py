@@ -19,6 +19,7 @@ TINY = [
 ROWS = '{"prompt": "How many stars?", "completion": "345"}\n' * 8
 QUESTIONS = '{"goal": "To count stars,", "sol1": "look up.", "sol2": "look down.", "label": 0}\n' * 4
 TUNE = ["model=runs/pretrain", "data.path=rows.jsonl", "template=llama3.1"]
+SHORT = ["steps=1", "seq_len=256"]
 
 # in the README's order; the words behind a command make it small, later words win
 RUN: dict[str, list[str]] = {
@@ -32,14 +33,31 @@ RUN: dict[str, list[str]] = {
     "puna validate mine.yaml steps=600": [],
     "puna run pretrain --config mine.yaml data=runs/data output=runs/mine model=cria-15m": TINY,
     "puna runs show runs/mine": [],
-    "puna run sft model=smollm2-135m data.path=rows.jsonl steps=100": [*TUNE, "steps=1", "seq_len=256"],
+    "puna run sft model=smollm2-135m data.path=rows.jsonl steps=100": [*TUNE, *SHORT],
     "puna chat runs/sft": ["--max-tokens", "2"],
     "puna merge runs/sft my-model": [],
+    "puna run sft --config qlora model=my-model data.path=rows.jsonl output=runs/qlora": [
+        *TUNE,
+        *SHORT,
+        "quantize=int8",  # NF4 has blocks of 64
+    ],
+    "puna run sft model=my-model data.path=rows.jsonl output=runs/dora lora.dora=true train.optimizer.kind=adamw8bit": [
+        *TUNE,
+        *SHORT,
+    ],
+    "puna run sft model=my-model data.path=rows.jsonl output=runs/full lora=null train.checkpoint_activations=full": [
+        *TUNE,
+        *SHORT,
+    ],
+    "puna plan sft model=my-model data.path=rows.jsonl": TUNE,
+    "puna data select rows.jsonl data.select.near_duplicates=0.8": [],
+    "puna runs ls": [],
     "puna eval my-model --text held_out.txt": [],
     "puna eval my-model --tasks chain_sum": ["--limit", "2", "--max-tokens", "1"],
     'puna eval my-model --tasks "{chain_sum: {max_terms: 2}}" --shots 4': ["--limit", "2", "--max-tokens", "1"],
     "puna cp sft tune.yaml": [],
     "puna data show tune.yaml": TUNE,
+    "puna data pack tune.yaml": TUNE,
     "puna data show runs/data": [],
     "puna data stats runs/data": [],
     'puna tokenizer encode runs/tokenizer "text"': [],
@@ -52,6 +70,7 @@ RUN: dict[str, list[str]] = {
     "puna inspect my-model": [],
     "puna convert my-model my-model.gguf --kind Q8_0": ["--kind", "F16"],  # rows of 16 have no blocks of 32
     "puna convert my-model.gguf back --to hf": [],
+    "puna run sft model=my-model data.path=rows.jsonl output=runs/kd distill.teacher=back": [*TUNE, *SHORT],
     "puna eval my-model --tasks piqa --data questions --against back --output answers": [],
     "puna convert back for-meta --to meta --shards 3": ["--shards", "1"],
     "puna verify my-model --against my-model.gguf": ["--max-tokens", "2"],
@@ -68,6 +87,11 @@ ELSEWHERE = {
     "make test": ("Makefile", "$(MAKE) --no-print-directory test"),
     "puna download HuggingFaceTB/SmolLM2-135M": ("tests/test_hub.py", '"puna", "download", "org/tiny@v1"'),
     "puna quickstart --acts 1": (".ci/wheel", "puna quickstart --acts 1"),
+    "puna migrate theirs.yaml -o ours.yaml": ("tests/test_migrate.py", '["migrate", "theirs.yaml", "-o", "ours.yaml"'),
+    "puna run sft model=my-model data.path=rows.jsonl output=runs/qat lora=null qat.group=32": (
+        "tests/test_qat.py",
+        'tuned(method, models, tmp_path, **{"qat.group": 32',
+    ),
     "puna doctor smollm2-135m --data rows.jsonl": ("tests/test_doctor.py", '["doctor", str(m), "--data", str(rows)'),
 }
 # run here, each by itself; measuring takes minutes and a machine of its own, so benchmarks only start
