@@ -146,7 +146,7 @@ def test_the_events_of_a_checkpoint(straight: tuple[Path, list[str]]) -> None:
     run, names = straight
     (checkpoint, _) = checkpoints(run)
     files = [str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST]
-    assert len(files) == 10
+    assert len(files) == 9
     half, place = "run/checkpoints/~step-N", "run/checkpoints"
     written = [f"fsynced {half}/{file}" for file in [*files, "optimizer", f"~{MANIFEST}"]]
     written.append("fsynced run/metrics.jsonl")
