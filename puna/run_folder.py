@@ -26,6 +26,8 @@ from puna.log import Metrics, log
 from puna.ranks import rank, ranks
 
 T = TypeVar("T")
+Forecast = Callable[[], dict[str, float] | None]
+"""Bytes and seconds a step, foretold; None where that cannot be."""
 
 
 class Run:
@@ -52,6 +54,13 @@ class Run:
             if rank() == 0:
                 write_json(path, stored)
         return stored[name]
+
+    def tell_forecast(self, memory: int, seconds: float) -> None:
+        """Log what was foretold of a step beside what the first one took."""
+        told = _stored(self.folder / "measured.json").get("forecast") if rank() == 0 else None
+        if told:
+            foretold = f"{told['memory'] / 1e9:.2f} GB, {told['seconds_per_step']:.2g} s a step"
+            log.info("predicted %s; measured %.2f GB, %.2g s in the first", foretold, memory / 1e9, seconds)
 
 
 @contextlib.contextmanager

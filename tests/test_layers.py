@@ -13,7 +13,7 @@ RANKS = [
     ["checkpoint"],
     ["data"],
     ["train", "infer"],
-    ["align", "eval", "serve", "plan", "migrate", "tune"],
+    ["align", "eval", "serve", "planner", "migrate", "tune"],
     ["recipes", "configs"],
     ["cli"],
     ["__main__"],

@@ -189,7 +189,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Of one rank a tensor at a time: torch's writer holds all of them twice more, which is more than training takes."""
+    """Of one rank a tensor at a time: torch's writer holds all of them twice more, more than training takes."""
     if ranks() == 1:
         folder.mkdir()
         weights = {name: Weight(tuple(t.shape), t.dtype, t.cpu) for name, t in tensors.items()}

@@ -19,6 +19,7 @@ from puna.cli import (
     inspect,
     merge,
     models,
+    plan,
     quantize,
     quickstart,
     runs,
@@ -40,6 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 configs.register(app)
+plan.register(app)
 models.register(app)
 inspect.register(app)
 convert.register(app)

@@ -93,5 +93,3 @@ def _changed(config: RecipeConfig, known: Known, words: Words) -> Work | None:
         return work_of(type(config).model_validate(values), known)
     except (UsageError, ValueError):
         return None
-
-

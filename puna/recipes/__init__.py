@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module, resources
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +94,34 @@ def run(recipe: str, config: Config | str | Path | None = None, **overrides: Any
     check_ranks(settings, started_as().ranks)
     if started_as().rank:
         log.setLevel(logging.ERROR)  # rank 0 speaks for all
-    folder = settings.output
+    folder, main = settings.output, _module(recipe).main
+    if "forecast" in signature(main).parameters:
+        main = partial(main, forecast=_planner().forecast_of(settings))
     try:
-        return _module(recipe).main(settings)
+        return main(settings)
     finally:  # also when a signal, or a kill the last time, came between the run's end and this page
         ended = started_as().rank == 0 and all((folder / name).exists() for name in ("result.json", "final"))
         if ended and not (folder / "report.html").exists():
             log.info("report: %s", write_run_report(folder))
+
+
+def plan(config: Config | str | Path, ranks: int = 1, **overrides: Any) -> Any:
+    """What a run would take in memory and time: `puna.plan("my.yaml", seq_len=2048).memory`; a `planner.plan.Plan`.
+
+    Args:
+        config: the name of a shipped config or of a recipe, a YAML file, or a config that `load` made.
+        ranks: processes that would train together.
+        overrides: values over the config's.
+
+    Raises:
+        UsageError: a recipe that trains nothing.
+    """
+    if not isinstance(config, Config):
+        name = str(config)
+        own = name not in RECIPES or name in CONFIGS
+        config = load(recipe_of(config_file(name)) if own else name, name if own else None, overrides)
+    check_ranks(config, ranks)
+    return _planner().plan(config, ranks)
 
 
 def check_ranks(config: Any, count: int) -> None:
@@ -107,6 +130,10 @@ def check_ranks(config: Any, count: int) -> None:
         raise UsageError(f"`{config.recipe}` runs in one process", fix="without --nproc or torchrun")
     if count > 1:
         rows_each(config.batch_size, count)
+
+
+def _planner() -> Any:
+    return import_module("puna.planner.plan")  # listings load no torch
 
 
 def _module(recipe: str) -> Any:

@@ -23,7 +23,7 @@ from puna.infer.rehearsal import rehearsal
 from puna.lineage import lineage, parent
 from puna.log import clock, harmless, log
 from puna.ranks import rank
-from puna.run_folder import Run
+from puna.run_folder import Forecast, Run
 from puna.tokenizer.chat.format import Encoded, has_template
 from puna.train.blocks import checkpoint_blocks, compile_blocks
 from puna.train.fit import TrainConfig, check_training, fit
@@ -73,7 +73,7 @@ class Config(TunedModel, ChatRows):
     train: Training = Training()
 
 
-def main(config: Config) -> Path:
+def main(config: Config, forecast: Forecast | None = None) -> Path:
     """Train on packed conversations and write `final/`. Run again after an interruption, it goes on."""
     with shared_run(config) as run:
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
@@ -82,6 +82,8 @@ def main(config: Config) -> Path:
         train, valid = split_rows(rows, config.valid_fraction)
         check_training(config.train, config.device, held_out=bool(valid))
         use_machine(run)
+        if forecast:
+            run.once("forecast", forecast)
         base = load_tuned(config, template_variables(config))
         llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
         if config.rehearse:
