@@ -44,27 +44,7 @@ TESTED = [
     ("qlora", "17m", 1024, 2, "none"), ("qlora", "135m", 512, 4, "selective"),
 ]  # fmt: skip
 STEPS = 3
-WORDS = [
-    "the",
-    "llama",
-    "grazes",
-    "high",
-    "in",
-    "puna",
-    "where",
-    "grass",
-    "is",
-    "short",
-    "and",
-    "stars",
-    "count",
-    "llamas",
-    "one",
-    "two",
-    "three",
-    "under",
-    "snow",
-]
+WORDS = ("the", "llama", "grazes", "in", "puna", "where", "grass", "is", "short", "and", "stars", "count", "one", "two")
 
 
 def main() -> None:
@@ -117,10 +97,12 @@ def prepare(folder: Path) -> None:
 
 def words_of(folder: Path, config: tuple[Any, ...]) -> dict[str, Any]:
     method, size, seq_len, batch_size, checkpointed = config
+    output = folder / "run" / "-".join(map(str, config))
     return {
         "model": str(folder / size), "data.path": str(folder / "rows.jsonl"), "template": "chatml", "steps": STEPS,
-        "seq_len": seq_len, "batch_size": batch_size, "train.checkpoint_activations": checkpointed, "dtype": "bf16",
-        "device": "cpu", "output": str(folder / "run" / "-".join(map(str, config))), **METHODS[method],
+        "seq_len": seq_len, "batch_size": batch_size, "train.checkpoint_activations": checkpointed,
+        "train.evaluate_every": STEPS, "train.save_every": STEPS, "dtype": "bf16", "device": "cpu",
+        "output": str(output), **METHODS[method],
     }  # fmt: skip
 
 

@@ -13,17 +13,18 @@ if TYPE_CHECKING:
     from puna.checkpoint.inspect import inspect
     from puna.eval.parity.verify import verify
     from puna.infer.llama import Llama, load
-    from puna.recipes import run
+    from puna.recipes import plan, run
 
 _LAZY = {
     "load": "puna.infer.llama",
     "Llama": "puna.infer.llama",
     "run": "puna.recipes",
+    "plan": "puna.recipes",
     "convert": "puna.checkpoint.convert",
     "inspect": "puna.checkpoint.inspect",
     "verify": "puna.eval.parity.verify",
 }
-__all__ = ["Llama", "__version__", "convert", "inspect", "load", "run", "verify"]
+__all__ = ["Llama", "__version__", "convert", "inspect", "load", "plan", "run", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,8 @@ from puna.ranks import rank, ranks
 T = TypeVar("T")
 TRACKERS_FINISH_IN = 20.0
 """Seconds a run waits at its end for trackers that are not done yet."""
+Forecast = Callable[[], dict[str, float] | None]
+"""Bytes and seconds a step, foretold; None where that cannot be."""
 
 
 class Run:
@@ -57,6 +59,13 @@ class Run:
             if rank() == 0:
                 write_json(path, stored)
         return stored[name]
+
+    def tell_forecast(self, memory: int, seconds: float) -> None:
+        """Log what was foretold of a step beside what the first one took."""
+        told = _stored(self.folder / "measured.json").get("forecast") if rank() == 0 else None
+        if told:
+            foretold = f"{told['memory'] / 1e9:.2f} GB, {told['seconds_per_step']:.2g} s a step"
+            log.info("predicted %s; measured %.2f GB, %.2g s in the first", foretold, memory / 1e9, seconds)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from puna.cli import (
     merge,
     migrate,
     models,
+    plan,
     quantize,
     quickstart,
     runs,
@@ -41,6 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 configs.register(app)
+plan.register(app)
 models.register(app)
 inspect.register(app)
 convert.register(app)

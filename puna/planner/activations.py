@@ -17,7 +17,8 @@ def kept_by_block(work: Work) -> dict[str, float]:
     heads, kv_heads = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     block = block_weights(work)
     read = {n.removesuffix(".weight").rpartition(".")[2]: w for n, w in block.items()}
-    learns = {name: w.trained or w.rank > 0 for name, w in read.items()}
+    dropped = bool(work.lora and work.lora["dropout"])  # adapters then keep what is left of their inputs instead
+    learns = {name: w.trained or (w.rank > 0 and not dropped) for name, w in read.items()}
     entering = any(learns[name] for name in ("q_proj", "k_proj", "v_proj"))
     widening = learns["gate_proj"] or learns["up_proj"]
     on_cuda = work.known.device.type == "cuda"  # keys and values are repeated for every query head, the output is kept
@@ -66,7 +67,8 @@ def _of_adapters(work: Work, block: Mapping[str, Weight]) -> dict[str, float]:
     adapted = [w for w in block.values() if w.rank]
     terms = {"between A and B": float(sum(w.rank for w in adapted) * s)}
     if lora["dropout"]:
-        terms["dropped inputs and their masks"] = float(sum(w.shape[1] for w in adapted) * (s + 1))
+        mask = 1 if work.known.device.type == "cuda" else s
+        terms["dropped inputs and their masks"] = float(sum(w.shape[1] for w in adapted) * (s + mask))
     if lora["dora"]:
         terms["outputs before DoRA's stretch"] = float(sum(w.shape[0] for w in adapted) * s)
     return terms

@@ -69,7 +69,7 @@ def _staying(work: Work) -> dict[str, float]:
         outside = sum(w.held for name, w in work.weights.items() if not name.startswith("layers."))
         one = sum(w.held + _FP32 * w.adapter for w in block_weights(work).values())
         gathered = (outside + 2 * one) * (1 - 1 / ranks)
-    held, adapters = (sum(w.held for w in work.weights.values()), _FP32 * sum(map(_adapter, work.weights.values())))
+    held, adapters = (sum(w.held for w in work.weights.values()), _FP32 * sum(w.adapter for w in work.weights.values()))
     teacher = work.asked.get("distill") or {}
     return {
         "weights": held / ranks + gathered + (held if teacher else 0.0),
@@ -86,10 +86,6 @@ def _moments(work: Work, name: str, weight: Weight) -> float:
         return sum(2 * n + 2 * _FP32 * math.ceil(n / 256) if n >= SMALL else 2 * _FP32 * n for n in parts)
     orthogonal = kind == "muon" and name.startswith("layers.") and len(weight.shape) == 2
     return float((1 if orthogonal else 2) * _FP32 * sum(parts))
-
-
-def _adapter(weight: Weight) -> int:
-    return weight.adapter
 
 
 def _trained_bytes(work: Work, where: str) -> float:

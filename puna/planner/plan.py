@@ -1,13 +1,15 @@
 """A plan: what a config will take in memory and time, whether this machine has it, and what to change if not."""
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from puna.config import RecipeConfig
-from puna.device import memory
+from puna.device import memory, peak_memory
 from puna.errors import PunaError
 from puna.log import log
 from puna.planner.activations import kept_by_block
@@ -15,7 +17,7 @@ from puna.planner.change import Change, cheapest
 from puna.planner.memory import fullest, moments
 from puna.planner.time import SPREAD, measured_rates, seconds
 from puna.planner.work import Known, know, work_of
-from puna.ranks import started_as
+from puna.ranks import ranks, started_as
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,16 @@ class Plan:
         return {**asdict(self), "change": self.change and self.change._asdict(), "fits": self.fits}
 
 
-def plan(config: RecipeConfig, ranks: int | None = None) -> Plan:
+def plan(config: RecipeConfig, count: int | None = None) -> Plan:
     """Predict what a run of `config` takes; nothing is trained, and no weights are read.
 
     Args:
-        ranks: processes that train together; by default those of this one.
+        count: processes that train together; by default those of this one.
 
     Raises:
         UsageError: a recipe that trains nothing. CheckpointError, DataError: what the config names is not there.
     """
-    known = know(config, ranks or started_as().ranks)
+    known = know(config, count or started_as().ranks)
     work = work_of(config, known)
     full, rates, has = fullest(work), measured_rates(work), _free(known)
     step, steps = seconds(work, rates), work.asked["steps"] or 0
@@ -76,23 +78,25 @@ def plan(config: RecipeConfig, ranks: int | None = None) -> Plan:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What is promised of a run, to be held against what is measured."""
-
-    memory: float
-    seconds_per_step: float
+def forecast_of(config: RecipeConfig) -> Callable[[], dict[str, float] | None]:
+    """What foretells a run of `config`, counted from what this process takes by now."""
+    return partial(forecast, config, peak_memory(torch.device("cpu")))
 
 
-def forecast(config: RecipeConfig) -> Forecast | None:
-    """The plan of a run that starts now, in two numbers; None, and one line, where it cannot be made."""
+def forecast(config: RecipeConfig, before: int) -> dict[str, float] | None:
+    """The plan of a run that has started, in two numbers; None, and one line, where it cannot be made.
+
+    Args:
+        before: bytes that the process took before it; on a CUDA device they do not count.
+    """
     started = time.perf_counter()
     try:
-        work = work_of(config, know(config, started_as().ranks))
-        made = Forecast(fullest(work).total, seconds(work, measured_rates(work)))
-    except (PunaError, RuntimeError, OSError, ValueError, KeyError) as error:  # a run is never stopped by its plan
-        log.warning("no forecast of memory and time: %s", str(error).splitlines()[0][:100])
-        return None
+        work = work_of(config, know(config, ranks()))
+        taken = before * (work.known.device.type != "cuda")
+        made = {"memory": fullest(work).total + taken, "seconds_per_step": seconds(work, measured_rates(work))}
+    except (PunaError, RuntimeError, OSError, ValueError, LookupError, AttributeError) as error:
+        log.warning("no forecast of memory and time: %s", (str(error).splitlines() or [type(error).__name__])[0][:100])
+        return None  # a run is never stopped by its plan
     log.debug("forecast made in %.1f s", time.perf_counter() - started)
     return made
 
@@ -105,7 +109,7 @@ def _free(known: Known) -> float | None:
     return None if free is None else free / known.ranks
 
 
-def _not_counted(asked: dict[str, Any]) -> tuple[str, ...]:
+def _not_counted(asked: Mapping[str, Any]) -> tuple[str, ...]:
     told = {
         "compile": "compile: compiled blocks keep other tensors, and the compiler takes some 0.3 GB; not counted",
         "qat": "qat: what rounding keeps is not counted",

@@ -1,6 +1,7 @@
-"""Seconds of a step: products at the rate at which this machine multiplies, the optimizer's bytes at its bandwidth."""
+"""Seconds of a step: its products at the rate this machine multiplies at, the optimizer's bytes at its bandwidth."""
 
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ EFFICIENCY = {"cpu": 0.55, "cuda": 0.45, "mps": 0.4}
 """Share of the rate of large products that a step reaches; measured by bench/plan.py on a CPU, elsewhere assumed."""
 SPREAD = 0.3
 """How far an estimate may be off either way: neighbours on the machine, its clock, shapes."""
-_PROBE = 0.25  # seconds
+_PROBE = 0.1  # seconds
 _COPIED = 1 << 26  # bytes
 _STEP_BYTES = {"adamw": 40, "adamw8bit": 28, "muon": 36}
 """A number of AdamW: reads weight, gradient and moments, writes all but the gradient; its norm, and its clipping."""
@@ -37,7 +38,9 @@ def flops(work: Work) -> float:
     shape, tokens, train = work.known.shape, work.tokens, work.train
     layers = {n: w for n, w in work.weights.items() if n.startswith("layers.") and len(w.shape) == 2}
     again = {"none": 0.0, "selective": 0.5, "full": 1.0}[train.get("checkpoint_activations", "none")]
-    products = sum(map(_products, layers.values())) + again * sum(2 * (w.numbers + w.adapter) for w in layers.values())
+    # The second forward ends where nothing more is kept of it: the last product is not made again.
+    twice = [w for n, w in layers.items() if w.rank or not n.endswith("down_proj.weight")]
+    products = sum(map(_products, layers.values())) + again * sum(2 * (w.numbers + w.adapter) for w in twice)
     heads = shape.n_heads * shape.head_dim
     longer = 2 if work.known.lengths == () and work.asked["seq_len"] > KEEP else 0  # scores are made again
     attention = shape.n_layers * heads * work.texts.keys * (4 + 8 + longer + 4 * again)
@@ -55,10 +58,13 @@ def seconds(work: Work, rates: Rates) -> float:
 
 
 def measured_rates(work: Work) -> Rates:
-    """Measure for half a second: products of this model's shape in its compute dtype, and copies."""
-    shape = work.known.shape
-    return _rates(work.known.device, work.known.dtype, min(shape.dim, 4096), min(shape.ffn_dim, 4096),
-                  max(64, min(work.tokens, 2048)))  # fmt: skip
+    """Measure for a fifth of a second: products of this model's shape in its compute dtype, and copies.
+
+    On a CPU of at most 1,024 by 2,048: larger ones are no faster, and take seconds.
+    """
+    shape, most = work.known.shape, 1 if work.known.device.type == "cpu" else 4
+    return _rates(work.known.device, work.known.dtype, min(shape.dim, 1024 * most), min(shape.ffn_dim, 2048 * most),
+                  max(64, min(work.tokens, 512 * most)))  # fmt: skip
 
 
 def _products(weight: Weight) -> float:
@@ -81,9 +87,8 @@ def _rates(device: torch.device, dtype: torch.dtype, dim: int, ffn_dim: int, tok
                  2.0 * _COPIED / _each(lambda: target.copy_(source), device))  # fmt: skip
 
 
-def _each(call: object, device: torch.device) -> float:
+def _each(call: Callable[[], object], device: torch.device) -> float:
     """Seconds a call, of the fastest: what slows one down is somebody else's."""
-    assert callable(call)
     best, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < _PROBE:
         before = time.perf_counter()

@@ -1,5 +1,6 @@
 """What a step of training will do, in numbers, from a config: only headers, and a few conversations, are read."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -65,7 +66,7 @@ class Weight(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        return self.shape[0] * self.shape[-1] if len(self.shape) > 1 else self.shape[0]
+        return math.prod(self.shape)
 
     @property
     def adapter(self) -> int:
@@ -142,8 +143,7 @@ def work_of(config: Any, known: Known) -> Work:
         held = 4.0 if trained else float(item)
         if quantize and not trained and name.startswith("layers.") and len(shape) == 2:
             held = _packed_bytes(quantize, shape[1])
-        size = shape[0] * shape[1] if len(shape) == 2 else shape[0]
-        weights[name] = Weight(shape, held * size, trained, ranks.get(name, 0))
+        weights[name] = Weight(shape, held * math.prod(shape), trained, ranks.get(name, 0))
     return Work(known, asked, weights, _texts(known, asked["seq_len"]))
 
 

@@ -109,6 +109,8 @@ def run(
         if "objective" not in signature(main).parameters:
             raise UsageError(f"`{recipe}` takes no objective", fix="sft does")
         main = partial(main, objective=objective)
+    if "forecast" in signature(main).parameters:
+        main = partial(main, forecast=_planner().forecast_of(settings))
     try:
         return main(settings)
     finally:  # also when a signal, or a kill the last time, came between the run's end and this page
@@ -117,12 +119,35 @@ def run(
             log.info("report: %s", write_run_report(folder))
 
 
+def plan(config: Config | str | Path, ranks: int = 1, **overrides: Any) -> Any:
+    """What a run would take in memory and time: `puna.plan("my.yaml", seq_len=2048).memory`; a `planner.plan.Plan`.
+
+    Args:
+        config: the name of a shipped config or of a recipe, a YAML file, or a config that `load` made.
+        ranks: processes that would train together.
+        overrides: values over the config's.
+
+    Raises:
+        UsageError: a recipe that trains nothing.
+    """
+    if not isinstance(config, Config):
+        name = str(config)
+        own = name not in RECIPES or name in CONFIGS
+        config = load(recipe_of(config_file(name)) if own else name, name if own else None, overrides)
+    check_ranks(config, ranks)
+    return _planner().plan(config, ranks)
+
+
 def check_ranks(config: Any, count: int) -> None:
     """Raise UsageError if the recipe of `config` does not work as `count` ranks, or its batches not among them."""
     if count > 1 and config.recipe not in ("pretrain", "sft"):
         raise UsageError(f"`{config.recipe}` runs in one process", fix="without --nproc or torchrun")
     if count > 1:
         rows_each(config.batch_size, count)
+
+
+def _planner() -> Any:
+    return import_module("puna.planner.plan")  # listings load no torch
 
 
 def _module(recipe: str) -> Any:

@@ -27,7 +27,7 @@ from puna.model.config import count_parameters
 from puna.model.init import build_model, init_weights, materialize
 from puna.model.presets import ModelChoice, ModelSpec, resolve_model
 from puna.model.transformer import Transformer
-from puna.run_folder import Run
+from puna.run_folder import Forecast, Run
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.blocks import checkpoint_blocks, compile_blocks
 from puna.train.budget import steps_within
@@ -69,7 +69,7 @@ class Config(RecipeConfig):
     samples: SampleConfig = SampleConfig()
 
 
-def main(config: Config) -> Path:
+def main(config: Config, forecast: Forecast | None = None) -> Path:
     """Train, validate, and write `final/`. Run again after an interruption, it goes on."""
     if config.seconds and "steps" in config.model_fields_set:
         raise UsageError("steps and seconds are both given", fix="seconds=null, or leave steps out")
@@ -80,6 +80,8 @@ def main(config: Config) -> Path:
     with shared_run(config) as run:
         device = choose_device(config.device)
         use_machine(run)
+        if forecast:
+            run.once("forecast", forecast)
         tokenizer = Tokenizer(config.data / "tokenizer")
         from_first(train.verify)
         model = _model(config, tokenizer, device)

@@ -25,7 +25,7 @@ from puna.infer.rehearsal import rehearsal
 from puna.lineage import lineage, parent
 from puna.log import clock, harmless, log
 from puna.ranks import rank
-from puna.run_folder import Run
+from puna.run_folder import Forecast, Run
 from puna.tokenizer.chat.format import Encoded, has_template
 from puna.train.blocks import checkpoint_blocks, compile_blocks
 from puna.train.distill import DistillConfig
@@ -81,11 +81,12 @@ class Config(TunedModel, ChatRows):
     train: Training = Training()
 
 
-def main(config: Config, objective: Objective | None = None) -> Path:
+def main(config: Config, objective: Objective | None = None, forecast: Forecast | None = None) -> Path:
     """Train on packed conversations and write `final/`. Run again after an interruption, it goes on.
 
     Args:
         objective: what is minimised instead of the words' own loss (docs/objectives.md).
+        forecast: tells what a step will take.
     """
     _check(config, objective)
     with shared_run(config) as run:
@@ -96,6 +97,8 @@ def main(config: Config, objective: Objective | None = None) -> Path:
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
         check_training(config.train, config.device, held_out=bool(valid))
         use_machine(run)
+        if forecast:
+            run.once("forecast", forecast)
         base = load_tuned(config, template_variables(config))
         llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
         if config.rehearse:

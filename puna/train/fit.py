@@ -229,6 +229,8 @@ def fit(
             tok_s = ranks() * sum(batch.size for batch in micro) / took
             row |= {"tokens": state.tokens, "tok_s": tok_s, "seconds": state.seconds, "memory": peak_memory(device)}
             run.metrics.write(step=state.step, **row)
+            if state.step == 1:
+                run.tell_forecast(row["memory"], took)
             progress.update(state.step, f"loss {row['loss']:.3f}  {tok_s:,.0f} tok/s")
             # Saved before it is validated: a crash in between loses a number, which the resumed run makes up for.
             if state.step % save_every == 0 or state.step == steps:
