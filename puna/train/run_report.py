@@ -58,10 +58,24 @@ def run_sections(folder: Path) -> list[Section]:
         sections.append(Samples("What it wrote while learning", items))
     measured: dict[str, Any] = {k: v for k, v in result.items() if isinstance(v, int | float)}
     measured["seconds"] = (_predicted(given, trained, result), round(result["seconds"], 1))
-    sections.append(Facts("Predicted and measured", measured))
+    sections.append(Facts("Predicted and measured", measured | _forecast(folder, trained)))
     sections.append(Facts("Made from", _lineage(folder)))
     sections.append(Facts("Given", given))
     return sections
+
+
+def _forecast(folder: Path, trained: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the plan said before the first step, beside what the steps took."""
+    file = folder / "measured.json"
+    told = _json(file).get("forecast") if file.exists() else None
+    memory = [row["memory"] for row in trained if row.get("memory")]
+    times = [b["seconds"] - a["seconds"] for a, b in pairwise(trained)]
+    if not told or not memory or not times:
+        return {}
+    return {
+        "memory in GB": (round(told["memory"] / 1e9, 2), round(max(memory) / 1e9, 2)),
+        "seconds a step": (float(f"{told['seconds_per_step']:.3g}"), float(f"{median(times):.3g}")),
+    }
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
