@@ -378,3 +378,33 @@ def test_one_report_of_all_acts(base: Path, tuned: Path, tmp_path: Path) -> None
     assert page.count('<h2 class="part">') == 3
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_the_best_step_is_what_is_written(base: Path, rows: Path, tmp_path: Path, lora: Any) -> None:
+    """`final/` of one step beside the losses of another; checkpointing and steps in the backward on the way."""
+    words: dict[str, Any] = {
+        "lora": lora, "train.optimizer.lr": 1.0, "train.evaluate_every": 1, "train.keep": 1, "steps": 3,
+        "train.keep_best": True, "valid_fraction": 0.3, "train.checkpoint_activations": "full", "save_dtype": "fp32",
+        "train.optimizer.in_backward": True, "train.optimizer.clip": 0, "train.skip_budget": 0,
+        "train.optimizer.warmup_steps": 0, "train.accumulate": 1,
+    }  # fmt: skip
+    tuned = tune(base, rows, tmp_path / "run", **words)
+    losses = {r["step"]: r["valid_loss"] for r in Metrics(tuned / "metrics.jsonl").read() if "valid_loss" in r}
+    result = json.loads((tuned / "result.json").read_text())
+    kept = result["kept_step"]
+    assert losses[kept] == result["valid_loss"] == min(loss for step, loss in losses.items() if step)
+    assert kept < 3, "a rate of 1 does not get worse: the last step was kept"
+    (final,) = (tuned / "final").glob("*.safetensors")
+    ours, best = load_file(final), load_file(tuned / f"checkpoints/step-{kept}" / final.name)
+    assert all(torch.equal(ours[n], best[n]) for n in best)
+
+
+def test_rungs_that_do_not_fit_are_refused_before_loading(rows: Path, base: Path, tmp_path: Path) -> None:
+    """Told after minutes of loading, or never."""
+    for name, words in {
+        "in_backward": {"train.optimizer.in_backward": True},
+        "nothing is held out": {"train.patience": 2, "valid_fraction": 0},
+    }.items():
+        with pytest.raises(UsageError, match=name):
+            tune(base, rows, tmp_path / name.replace(" ", "-"), **words)

@@ -63,7 +63,7 @@ class Halving:
         if self.refused or before == after:
             raise ResourceError(
                 "out of memory in a step" if self.refused else "out of memory with a single row at a time",
-                cause=self.refused or str(error).splitlines()[0][:200],
+                cause=self.refused or (str(error).splitlines() or [type(error).__name__])[0][:200],
                 fix=("a smaller batch_size" if self.refused else "a smaller seq_len")
                 + ", train.checkpoint_activations=full, train.optimizer.kind=adamw8bit, lora with quantize=nf4, or a "
                 "smaller model",
