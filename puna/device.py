@@ -201,6 +201,12 @@ def keep_freed_memory() -> None:
             log.info("memory: freed blocks are kept for the next step (glibc)")
 
 
+def release_freed_memory() -> None:
+    """Give freed memory back to the system, also what lies between tensors that stay; glibc alone keeps such."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def cores() -> int:
     """Cores this process may use: its affinity, and the container's quota where there is one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -112,8 +112,8 @@ class LoraLinear(nn.Module):
         if magnitude is None:
             return None
         with torch.no_grad():
-            norm = self._sum().norm(dim=1).to(magnitude.dtype)
-        return magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # a row of zeros stays one
+            norm = self._sum().norm(dim=1)
+        return magnitude.to(norm.dtype) / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # a row of zeros stays one
 
     def _sum(self) -> Tensor:
         """W + s B A, (out, in)."""

@@ -36,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "pattern": {"targets": r"model\.layers\.[01]\.(mlp|self_attn)\.(up|q)_proj", "dora": True},
     "all": {"targets": "all-linear"},
 }
+WHOLE = {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}
 
 
 def adapted(config: LoraConfig, seed: int = 3) -> Transformer:
@@ -50,7 +51,7 @@ def adapted(config: LoraConfig, seed: int = 3) -> Transformer:
 
 
 def config_of(kind: str, **more: Any) -> LoraConfig:
-    return LoraConfig(rank=4, alpha=12, **KINDS[kind], **more)
+    return LoraConfig(rank=4, alpha=12, **(WHOLE if kind == "whole" else KINDS[kind]), **more)
 
 
 def pefts(config: LoraConfig) -> peft.PeftModel:
@@ -60,7 +61,7 @@ def pefts(config: LoraConfig) -> peft.PeftModel:
         peft.LoraConfig(
             r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, use_rslora=config.rslora,
             use_dora=config.dora, rank_pattern=dict(config.rank_pattern), alpha_pattern=dict(config.alpha_pattern),
-            task_type="CAUSAL_LM", init_lora_weights=False,
+            modules_to_save=config.modules_to_save or None, task_type="CAUSAL_LM", init_lora_weights=False,
         ),
     )  # fmt: skip
 
@@ -88,11 +89,11 @@ def test_every_kind_travels_both_ways(kind: str, exact_norm: None, tokenizer_fol
     assert (model(TOKENS) - expected).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("kind", ["rslora", "dora", "ranks"])
+@pytest.mark.parametrize("kind", ["rslora", "dora", "both", "ranks", "whole"])
 def test_training_steps_equal_pefts(kind: str, exact_norm: None) -> None:
     """A norm that is not detached, or a magnitude that is not trained, is another algorithm with a falling loss."""
     config = config_of(kind)
-    train_beside_peft(adapted(config), pefts(config), 5)
+    train_beside_peft(adapted(config), pefts(config), 20)
 
 
 def test_dropout_under_dora_is_pefts(exact_norm: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from puna.eval.doctor import machine
 from puna.eval.doctor.case import open_case
 from puna.eval.doctor.diagnose import CHECKS, diagnose
 from puna.files import atomic_folder
-from puna.lora import LoraConfig, add_lora, lora_parameters
+from puna.infer.llama import load
+from puna.lora import LoraConfig, add_lora, lora_parameters, whole_parameters
 from puna.model.config import ModelConfig
 from puna.tokenizer.chat.format import bundled
 from puna.tokenizer.tokenizer import Tokenizer
@@ -115,17 +116,23 @@ def test_every_kind_of_data(model: Path, rows: Path, shards: Path, texts: Path, 
         open_case(model, rows, tmp_path, template="lama3")
 
 
-def test_an_adapter_is_examined_as_it_is(model: Path, rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", [None, "int8"], ids=["lora", "qlora"])
+@pytest.mark.parametrize("more", [{}, {"rslora": True, "dora": True}, {"modules_to_save": ["embed_tokens", "norm"]}])
+def test_an_adapter_is_examined_as_it_is(
+    more: dict[str, Any], quantize: str | None, model: Path, rows: Path, tmp_path: Path
+) -> None:
     """A trained adapter on its base, read from its files and written out, merged and not: the same logits."""
     case = open_case(model, rows, tmp_path)
-    adapted = case.twin()
-    config = LoraConfig(rank=3, alpha=7)
+    adapted = load(model, "fp32", quantize=quantize).model
+    config = LoraConfig(rank=3, alpha=7, **more)
     add_lora(adapted, config)
+    for parameter in whole_parameters(adapted, config).values():
+        parameter.data *= 1.1
     for name, parameter in lora_parameters(adapted).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     (tmp_path / "adapter").mkdir()
-    save_adapter(tmp_path / "adapter", adapted, config, case.tokenizer, str(model), {})
+    save_adapter(tmp_path / "adapter", adapted, config, case.tokenizer, str(model), {}, quantize)
     case = open_case(tmp_path / "adapter", rows, tmp_path)
     findings = {f.name: f for f in diagnose(case, ["disk", "merge", "reload"])}
     assert [f for f in findings.values() if not f.ok] == []

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from test_model import BASE, build, reference
 
 from puna.checkpoint.adapter import load_adapter, save_adapter
+from puna.checkpoint.names import from_disk_name
 from puna.data.conversations import Conversation, to_messages
 from puna.data.packing import PackedLoader, encode_conversations, pack
 from puna.errors import CheckpointError, DataError, UsageError
@@ -61,12 +62,23 @@ def test_steps_equal_pefts(exact_norm: None) -> None:
     train_beside_peft(model, theirs, 20)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_steps_equal_transformers(tied: bool, exact_norm: None) -> None:
+    """Twenty AdamW steps of every weight: a wrong epsilon, beta or denominator drifts apart at once."""
+    model = build(GQA.model_copy(update={"tie_embeddings": tied}), torch.float64)
+    train_beside_peft(model, reference(model), 20)
+
+
 def train_beside_peft(model: Transformer, theirs: torch.nn.Module, steps: int) -> None:
-    """AdamW steps of both from the same adapters: losses and adapters stay within 1e-9."""
-    named = {n.replace(".default", "").removeprefix("base_model.model.model."): p for n, p in theirs.named_parameters()}
+    """AdamW steps of both from the same weights: losses and everything that is trained stay within 1e-9."""
+    named = {
+        from_disk_name(n.replace(".default", "").removeprefix("base_model.model.").replace(".modules_to_save", "")): p
+        for n, p in theirs.named_parameters()
+        if p.requires_grad
+    }
     named = {n.replace("magnitude_vector.weight", "magnitude_vector"): p for n, p in named.items()}
-    ours = lora_parameters(model)
-    assert set(ours) == {n for n in named if ".lora_" in n}
+    ours = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert set(ours) == set(named)
     with torch.no_grad():
         for name, parameter in ours.items():
             named[name].copy_(parameter)

@@ -72,14 +72,22 @@ def tuned(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return tune(base, rows, tmp_path_factory.mktemp("sft") / "run")
 
 
-@pytest.mark.parametrize("lora", [{"rank": 4, "alpha": 8.0, "dropout": 0.1}, None])
-def test_resume_is_bit_identical(lora: Any, base: Path, rows: Path, tmp_path: Path) -> None:
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
+TUNINGS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": LORA},
+    "qlora": {"lora": LORA, "quantize": "int8"},
+    "full": {"lora": None},
+}
+
+
+@pytest.mark.parametrize("words", TUNINGS.values(), ids=TUNINGS)
+def test_resume_is_bit_identical(words: dict[str, Any], base: Path, rows: Path, tmp_path: Path) -> None:
     """Adapters, dropout and packed rows: killed after any checkpoint, the same bits in the end."""
-    straight = tune(base, rows, tmp_path / "straight", lora=lora)
+    straight = tune(base, rows, tmp_path / "straight", **words)
     shutil.copytree(straight, tmp_path / "resumed")
     for gone in ("final", "checkpoints/step-6", "checkpoints/step-9"):
         shutil.rmtree(tmp_path / "resumed" / gone)
-    resumed = tune(base, rows, tmp_path / "resumed", lora=lora)
+    resumed = tune(base, rows, tmp_path / "resumed", **words)
     ours, theirs = (
         [
             {k: v for k, v in row.items() if k not in ("seconds", "tok_s", "memory")}
@@ -88,7 +96,7 @@ def test_resume_is_bit_identical(lora: Any, base: Path, rows: Path, tmp_path: Pa
         for f in (resumed, straight)
     )
     assert ours == theirs
-    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    name = "adapter_model.safetensors" if words["lora"] else "model.safetensors"
     ours, theirs = load_file(resumed / "final" / name), load_file(straight / "final" / name)
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
 

@@ -134,7 +134,7 @@ def test_pefts_whole_modules_are_read(ensured: bool, base: Path, tokenizer_folde
     for parameter in theirs.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
     model = load(base, "fp32").model
     if tied and not ensured:
         with pytest.raises(CheckpointError, match="two matrices"):

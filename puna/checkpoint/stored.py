@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from puna.checkpoint.names import name_problems
 from puna.checkpoint.safetensors_file import Weight
+from puna.device import release_freed_memory
 from puna.errors import CheckpointError
 from puna.model.config import ModelConfig
 from puna.model.init import build_model
@@ -81,6 +82,8 @@ class Stored:
         for name, weight in self.weights.items():
             if put is not None and weight.packed is not None:
                 put(model, name.removesuffix(".weight"), weight.packed(), device)
+        if put is not None:  # rounding left more behind, among the packed weights, than they take themselves
+            release_freed_memory()
         names = [name for name, _ in model.named_parameters()]  # a tied head has no name of its own
         tensors = {name: self._tensor(name, dtype, device) for name in names}
         model.load_state_dict(tensors, strict=False, assign=True)  # not strict: a tied head is stored once

@@ -77,8 +77,8 @@ def put(model: Transformer, name: str, packed: Packed, device: torch.device) -> 
 
 
 @torch.no_grad()
-def unpack_layers(model: nn.Module) -> None:
-    """Replace packed linear layers by plain ones of the dequantized weights, fp32, in place and one at a time.
+def unpack_layers(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Replace packed linear layers by plain ones of the dequantized weights, in place and one at a time.
 
     Raises:
         UsageError: layers that round what enters them: no plain weight computes the same.
@@ -92,7 +92,7 @@ def unpack_layers(model: nn.Module) -> None:
             )
         with torch.device("meta"):
             plain = Linear(layer.in_features, layer.out_features)
-        plain.weight = nn.Parameter(layer.weight, requires_grad=False)
+        plain.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, plain)
 

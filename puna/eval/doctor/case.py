@@ -24,6 +24,7 @@ from puna.log import log
 from puna.lora import lora_parameters, merge_lora
 from puna.model.config import count_parameters
 from puna.model.transformer import Transformer
+from puna.quant.quantize import unpack_layers
 from puna.tokenizer.chat.format import ChatFormat, Encoded, fitting, has_template, read_template
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.fit import train_step
@@ -160,6 +161,7 @@ def open_case(
     source.model.compute_dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     plain = source.model
     if lora_parameters(plain):
+        unpack_layers(plain, next(plain.parameters()).dtype)  # a base of QLoRA, so that all is seen in this dtype
         plain = copy.deepcopy(source.model)
         merge_lora(plain)
     case = Case(source, plain, dtype, scratch, [], [])

@@ -8,14 +8,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from puna.checkpoint.adapter import CONFIG as ADAPTER
-from puna.checkpoint.adapter import base_of
-from puna.checkpoint.registry import find_model
+from puna.checkpoint.adapter import base_of, quantized_base_of
+from puna.checkpoint.names import to_disk_name
+from puna.checkpoint.registry import find_model, open_model
+from puna.checkpoint.rounded import rounded
 from puna.eval.doctor import written_out
 from puna.eval.doctor.case import Case
 from puna.eval.doctor.data_checks import Parts
 from puna.infer.generate import generate
 from puna.model.cache import KVCache
 from puna.model.mode import evaluating
+from puna.ops.packed import dequantize
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
@@ -42,6 +45,10 @@ def disk(case: Case) -> Parts:
     adapter = path if (path / ADAPTER).exists() else None
     base = find_model(base_of(path)) if adapter else path
     values, weights, interleaved = written_out.read(base, next(case.model.parameters()).dtype, case.device)
+    if adapter and (kind := quantized_base_of(adapter)):  # what is examined is the model, not the rounding
+        packed = {n: w.packed for n, w in rounded(open_model(base), kind).weights.items() if w.packed is not None}
+        some = next(iter(weights.values()))
+        weights = {**weights, **{to_disk_name(n): dequantize(read()).to(some) for n, read in packed.items()}}
     weights = written_out.add_adapter(weights, adapter) if adapter else weights
     ids = case.long[0].tolist()
     return {"logits": apart(case.model.eval()(case.long)[0], written_out.logits(values, weights, ids, interleaved))}

@@ -79,15 +79,20 @@ def read(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Values
 
 
 def add_adapter(weights: Weights, folder: Path) -> Weights:
-    """The weights with alpha / r B A of an adapter directory added."""
+    """The weights with scale B A of an adapter directory added, DoRA's rows stretched, and what was trained whole."""
     values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     added = dict(weights)
     tensors = load_file(folder / "adapter_model.safetensors")
     for name in (n for n in tensors if n.endswith(".lora_A.weight")):
         target = name.removeprefix("base_model.model.").replace(".lora_A", "")
         a, b = (tensors[n].to(weights[target]) for n in (name, name.replace("lora_A", "lora_B")))
-        added[target] = weights[target] + values["lora_alpha"] / values["r"] * (b @ a)
-    return added
+        scale = values["lora_alpha"] / (math.sqrt(len(a)) if values.get("use_rslora") else len(a))
+        added[target] = weights[target] + scale * (b @ a)
+        if values.get("use_dora"):
+            length = tensors[name.replace("lora_A.weight", "lora_magnitude_vector")].to(added[target])
+            added[target] *= (length / added[target].norm(dim=1))[:, None]
+    whole = {n.removeprefix("base_model.model."): t for n, t in tensors.items() if ".lora_" not in n}
+    return added | {n: t.to(weights[n]) for n, t in whole.items() if n in weights}  # a tied head is not
 
 
 def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
