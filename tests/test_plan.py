@@ -245,11 +245,12 @@ def test_a_run_tells_its_forecast_and_survives_a_bad_one(
 ) -> None:
     """The log has predicted beside measured; a planner that breaks costs one line, never the run."""
     words: dict[str, Any] = {
-        "model": str(model), "data.path": str(rows), "template": "llama3", "steps": 1, "seq_len": 64, "batch_size": 2,
+        "model": str(model), "data.path": str(rows), "template": "llama3", "steps": 2, "seq_len": 64, "batch_size": 2,
         "valid_fraction": 0, "dtype": "fp32", "device": "cpu",
     }  # fmt: skip
     with _logged() as lines:
         run("sft", output=tmp_path / "good", **words)
+    assert "memory in GB" in (tmp_path / "good/report.html").read_text(encoding="utf-8")
     assert any(line.startswith("predicted ") and "measured" in line for line in lines)
 
     def broken(*_: Any) -> Any:

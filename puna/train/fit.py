@@ -22,7 +22,7 @@ from puna.checkpoint.train_state import (
 )
 from puna.config import Config
 from puna.data.loader import Batch
-from puna.device import choose_device, generators, peak_memory, set_generators
+from puna.device import choose_device, generators, peak_memory, release_freed_memory, set_generators
 from puna.dist.collectives import from_first, largest, total
 from puna.dist.fsdp import reshard, whole
 from puna.errors import DataError, UsageError
@@ -150,6 +150,8 @@ def fit(
         NumericError: too many non-finite steps.
     """
     device = next(model.parameters()).device
+    release_freed_memory()
+    most = peak_memory(device)
     optimizer = build_optimizer(model, config.optimizer)
     state = TrainState()
     if checkpoint := from_first(newest_checkpoint, run):
@@ -172,7 +174,9 @@ def fit(
             due = last or (state.step and state.step % evaluate_every == 0)
             if due and state.step not in evaluated and not stop:
                 started = time.perf_counter()
+                release_freed_memory()  # a step leaves pieces free that the blocks of a validation do not fit into
                 metrics = dict(evaluate(model, state.step))
+                release_freed_memory()
                 reshard(model)
                 metrics |= {f"epochs.{name}": passes for name, passes in batches.epochs().items()}
                 if recent:
@@ -228,6 +232,9 @@ def fit(
             state.seconds += (took := time.perf_counter() - started)
             tok_s = ranks() * sum(batch.size for batch in micro) / took
             row |= {"tokens": state.tokens, "tok_s": tok_s, "seconds": state.seconds, "memory": peak_memory(device)}
+            if row["memory"] > most:  # freed blocks lie between others: unused, and more of them with every step
+                most = row["memory"]
+                release_freed_memory()
             run.metrics.write(step=state.step, **row)
             if state.step == 1:
                 run.tell_forecast(row["memory"], took)

@@ -1,6 +1,8 @@
 """report.html of a run, from the files in its folder alone."""
 
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from puna.chart import Curves, Series
@@ -63,7 +65,7 @@ def run_sections(folder: Path) -> list[Section]:
     if result:
         measured: dict[str, Any] = {k: v for k, v in result.items() if isinstance(v, int | float)}
         measured["seconds"] = (_predicted(run), round(result["seconds"], 1))
-        sections.append(Facts("Predicted and measured", measured))
+        sections.append(Facts("Predicted and measured", measured | _forecast(run)))
     if run.made_from:
         sections.append(Facts("Made from", _lineage(run.made_from)))
     sections.append(Facts("Given", given))
@@ -73,6 +75,19 @@ def run_sections(folder: Path) -> list[Section]:
 def facts(values: Any) -> dict[str, Any]:
     """Nested mappings as the facts of a report."""
     return {k: v if isinstance(v, int | float | None) else str(v) for k, v in flat(values).items()}
+
+
+def _forecast(run: RunView) -> dict[str, Any]:
+    """What the plan said before the first step, beside what the steps took."""
+    told = read_json(run.folder / "measured.json").get("forecast")
+    memory = [row["memory"] for row in run.trained if row.get("memory")]
+    times = [b["seconds"] - a["seconds"] for a, b in pairwise(run.trained)]
+    if not told or not memory or not times:
+        return {}
+    return {
+        "memory in GB": (round(told["memory"] / 1e9, 2), round(max(memory) / 1e9, 2)),
+        "seconds a step": (float(f"{told['seconds_per_step']:.3g}"), float(f"{median(times):.3g}")),
+    }
 
 
 def _tasks(rows: list[dict[str, Any]], judge: Any) -> Table:
