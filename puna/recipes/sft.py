@@ -29,7 +29,7 @@ from puna.run_folder import Run
 from puna.tokenizer.chat.format import Encoded, has_template
 from puna.train.blocks import checkpoint_blocks, compile_blocks
 from puna.train.distill import DistillConfig
-from puna.train.fit import Objective, TrainConfig, check_training, fit
+from puna.train.fit import Objective, TrainConfig, check_held_out, check_training, fit
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
 from puna.tune.model import TunedModel, check_tuned, load_tuned, saver, trained_for, tuned_tokenizer
@@ -94,7 +94,7 @@ def main(config: Config, objective: Objective | None = None) -> Path:
         if config.distill:
             check_teacher(config.distill, tokenizer)
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
-        check_training(config.train, config.device, held_out=bool(valid))
+        check_held_out(config.train, bool(valid))
         use_machine(run)
         base = load_tuned(config, template_variables(config))
         llama = replace(base, tokenizer=tokenizer, stop_ids=list(dict.fromkeys([*base.stop_ids, *tokenizer.stop_ids])))
@@ -151,13 +151,15 @@ def main(config: Config, objective: Objective | None = None) -> Path:
 
 def _check(config: Config, objective: Objective | None) -> None:
     """Refuse what cannot go together, before anything is read."""
-    check_tuned(config)
-    if config.epochs and "steps" in config.model_fields_set:
+    # The steps of a resolved.yaml are the default.
+    if config.epochs and config.steps != Config.model_fields["steps"].default:
         raise UsageError("steps and epochs are both given", fix="epochs=null, or leave steps out")
     if config.qat and config.compile:
         raise UsageError("qat with compile", cause="its products are native calls already", fix="compile=false")
     if config.distill and objective:
         raise UsageError("distill is an objective, and another one is given", fix="distill=null")
+    check_training(config.train, config.device)
+    check_tuned(config)
 
 
 def _evaluate(
