@@ -419,8 +419,10 @@ def test_a_step_from_8_bits_is_saved_exactly(tmp_path: Path) -> None:
     folder.folder.mkdir()
     saved = save_train_state(folder, loop.TrainState(1), model, optimizer, loader, lambda folder: None)
     again = model_of("full", dtype=torch.float32)
-    other = build_optimizer(again, config)
+    other, at_once = build_optimizer(again, config), list[int]()
+    other.register_step_pre_hook(lambda *_: at_once.append(sum(p.grad is not None for p in again.parameters())))
     load_train_state(saved, again, other, packed())
+    assert set(at_once) == {1}  # all gradients together were more than a run that steps in the backward ever had
     kept = {t.dtype for state in optimizer.state.values() for t in state.values()}
     assert kept == {torch.uint8, torch.float32}
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
