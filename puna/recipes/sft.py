@@ -33,6 +33,7 @@ from puna.train.fit import Objective, TrainConfig, check_held_out, check_trainin
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
 from puna.tune.model import TunedModel, check_tuned, load_tuned, saver, trained_for, tuned_tokenizer
+from puna.tune.objective import check_same, named_as
 from puna.tune.rows import ChatRows, encode, read_rows, steps_of, template_variables
 from puna.tune.teacher import check_teacher, distillation, load_teacher
 
@@ -89,6 +90,7 @@ def main(config: Config, objective: Objective | None = None) -> Path:
     """
     _check(config, objective)
     with shared_run(config) as run:
+        check_same(objective, run)
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
         tokenizer, train, valid = read_rows(config, tuned_tokenizer(config), run.folder / "selection.json")
         if config.distill:
@@ -117,7 +119,7 @@ def main(config: Config, objective: Objective | None = None) -> Path:
             teacher = load_teacher(config.distill, config.dtype, config.device)
             parents.append(parent(config.distill.teacher, teacher.path))
             minimised = distillation(teacher, config.distill)
-        told = {"objective": f"{objective.__module__}.{objective.__qualname__}"} if objective else {}
+        told = {"objective": named_as(objective)} if objective else {}
         made_from = lineage("sft", parents, config=asked, data=batches.fingerprint, **trained_for(config), **told)
         save = saver(config, llama)
         evaluate = partial(_evaluate, run=run, llama=llama, config=config, held_out=held_out)
