@@ -101,6 +101,7 @@ def test_what_an_objective_is_called(models: Path, tmp_path: Path) -> None:
     told = json.loads((tmp_path / "run/final/puna.json").read_text())["objective"]
     assert told == f"{__name__}.weighted(by=2.0)"
     assert named_as(Weighted()) == f"{__name__}.Weighted"
+    assert named_as(partial(weighted, by=object())).endswith(".weighted(by=object)")  # no place in memory
     first, *_ = [row for row in Metrics(tmp_path / "run/metrics.jsonl").read() if "lr" in row]
     assert first["loss"] == pytest.approx(2 * first["cross_entropy"])
 

@@ -10,8 +10,8 @@ from puna.train.fit import Objective
 def named_as(objective: Objective) -> str:
     """`module.name` of the function; of a partial of one with what it was given, of an object its class."""
     if isinstance(objective, partial):
-        given = [*map(str, objective.args), *(f"{name}={value}" for name, value in objective.keywords.items())]
-        return f"{named_as(objective.func)}({', '.join(text[:60] for text in given)})"
+        given = [*map(_short, objective.args), *(f"{name}={_short(x)}" for name, x in objective.keywords.items())]
+        return f"{named_as(objective.func)}({', '.join(given)})"
     named = objective if hasattr(objective, "__qualname__") else type(objective)
     return f"{named.__module__}.{named.__qualname__}"
 
@@ -29,3 +29,8 @@ def check_same(objective: Objective | None, run: Run) -> None:
             f"an unfinished run with another objective is here: {started} -> {asked}", where=run.folder,
             fix="hand it over again, or choose another output=...",
         )  # fmt: skip
+
+
+def _short(given: object) -> str:
+    """A number or a word; of all else its type: what it prints may be another at the next start."""
+    return repr(given)[:60] if isinstance(given, bool | int | float | str | None) else type(given).__name__
