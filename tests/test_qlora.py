@@ -191,6 +191,19 @@ def test_by_request_on_another_base_is_told(
     assert "trained on a base in nf4" in caplog.text
 
 
+def test_dora_by_request_is_what_was_trained(base: Path, rows: Path, tmp_path: Path) -> None:
+    """Its lengths of rows are those of the packed weights: refused, QLoRA with DoRA could only be served merged."""
+    words = {"lora": {"rank": 2, "dora": True}, "new_tokens": [], "train.optimizer.lr": 0.05}
+    adapter = tune(base, rows, tmp_path / "run", steps=3, **words) / "final"
+    alone, ids = puna.load(adapter, dtype="fp32"), [[5, 6, 7]]
+    shared = load(base, "fp32", quantize="nf4")
+    shared.engine.add_adapter("it", adapter)
+    with torch.inference_mode(), shared.engine.adapters.on([("it", 3)]):
+        ours = shared.model(torch.tensor(ids))
+    assert (ours - alone.logits(ids)).abs().max() < 1e-5
+    assert (shared.logits(ids) - ours).abs().max() > 1e-3
+
+
 def test_the_verbs(base: Path, rows: Path, tmp_path: Path) -> None:
     """What a user types: merged onto the base it was trained on it is the adapter; two of them, by their weights."""
     for name, seed in (("one", 1), ("two", 2)):
