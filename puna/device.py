@@ -140,20 +140,27 @@ def peak_memory(device: "torch.device") -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def generators(device: "torch.device") -> list["torch.Tensor"]:
-    """The states of the generators that dropout on `device` may draw from."""
+def generators(device: "torch.device") -> dict[str, "torch.Tensor"]:
+    """The states of the generators that dropout on `device` may draw from, by type of device: cpu, and its own."""
     import torch
 
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def set_generators(device: "torch.device", states: list["torch.Tensor"]) -> None:
-    """What `generators` gave, put back."""
-    import torch
-
-    torch.set_rng_state(states[0])
+    states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_generators(device: "torch.device", states: dict[str, "torch.Tensor"]) -> None:
+    """What `generators` gave, put back; what is of another kind of device than `device` is left out."""
+    import torch
+
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
 
 
 def _text(path: str | Path) -> str:

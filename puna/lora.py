@@ -14,7 +14,6 @@ from puna.config import Config, nearest
 from puna.errors import UsageError
 from puna.model.transformer import Linear
 from puna.ops.low_rank import low_rank_linear
-from puna.ops.norm import RMSNorm
 from puna.ops.packed_layers import PackedEmbedding, PackedLinear
 
 AnyLinear = nn.Linear | PackedLinear
@@ -216,17 +215,26 @@ def whole_parameters(model: nn.Module, config: LoraConfig) -> dict[str, nn.Param
     Raises:
         UsageError: a name of no layer, or a layer that is quantized.
     """
-    kinds = nn.Embedding | Linear | RMSNorm | PackedLinear | PackedEmbedding
-    found = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and ".lora_" not in n}
+    # By parameters: a layer may have its place taken by one of another kind that keeps its weight (quant/qat.py).
+    named = {name: p for name, p in model.named_parameters(remove_duplicate=False) if ".lora_" not in name}
+    weights = {name.removesuffix(".weight"): p for name, p in named.items() if name.endswith(".weight")}
+    packed = [name for name, m in model.named_modules() if isinstance(m, PackedLinear | PackedEmbedding)]
     for target in config.modules_to_save:
-        if not any(_on_disk(name).endswith(target) for name in found):
+        if not any(_on_disk(name).endswith(target) for name in (*weights, *packed)):
             fix = "embed_tokens, lm_head, norm"
             raise UsageError(f"lora.modules_to_save: no layer `{target}`" + nearest(target, fix.split(", ")), fix=fix)
-    chosen = {name: module for name, module in found.items() if _is_saved(name, config)}
-    if packed := [name for name, module in chosen.items() if isinstance(module, PackedLinear | PackedEmbedding)]:
-        raise UsageError(f"lora.modules_to_save: {packed[0]} is quantized", fix="a base whose embedding is not packed")
-    weights = {id(module.weight) for module in chosen.values()}
-    return {name: p for name, p in model.named_parameters() if id(p) in weights}
+    if frozen := [name for name in packed if _is_saved(name, config)]:
+        raise frozen_whole(frozen[0])
+    chosen = {id(p) for name, p in weights.items() if _is_saved(name, config)}
+    return {name: p for name, p in model.named_parameters() if id(p) in chosen}
+
+
+def frozen_whole(name: str) -> UsageError:
+    """What to say of a packed layer in `modules_to_save`."""
+    return UsageError(
+        f"lora.modules_to_save: {name} is quantized", cause="packed weights are frozen",
+        fix="an adapter on it (lora.targets), or a base that is not quantized",
+    )  # fmt: skip
 
 
 def _is_saved(name: str, config: LoraConfig) -> bool:

@@ -30,7 +30,7 @@ from puna.run_folder import Run
 from puna.train import blocks
 from puna.train import fit as loop
 from puna.train.blocks import Checkpointed, checkpoint_blocks
-from puna.train.fit import TrainConfig, check_training, train_step
+from puna.train.fit import TrainConfig, check_held_out, check_training, train_step
 from puna.train.guard import Halving, best_step, worn_out
 from puna.train.objectives import Loss, next_token
 from puna.train.optim import OptimizerConfig, build_optimizer
@@ -219,8 +219,14 @@ def test_a_bad_step_in_the_backward_ends_the_run(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(words: dict[str, Any], told: str, fix: str) -> None:
     """A rung that silently does nothing, or silently drops clipping, costs days; each refusal says what to set."""
+    config = TrainConfig.model_validate(words)
+
+    def check() -> None:
+        check_training(config, "cpu")
+        check_held_out(config, held_out=False)
+
     with pytest.raises(UsageError, match=told) as error:
-        check_training(TrainConfig.model_validate(words), "cpu", held_out=False)
+        check()
     assert fix in error.value.fix
 
 
@@ -413,8 +419,10 @@ def test_a_step_from_8_bits_is_saved_exactly(tmp_path: Path) -> None:
     folder.folder.mkdir()
     saved = save_train_state(folder, loop.TrainState(1), model, optimizer, loader, lambda folder: None)
     again = model_of("full", dtype=torch.float32)
-    other = build_optimizer(again, config)
+    other, at_once = build_optimizer(again, config), list[int]()
+    other.register_step_pre_hook(lambda *_: at_once.append(sum(p.grad is not None for p in again.parameters())))
     load_train_state(saved, again, other, packed())
+    assert set(at_once) == {1}  # all gradients together were more than a run that steps in the backward ever had
     kept = {t.dtype for state in optimizer.state.values() for t in state.values()}
     assert kept == {torch.uint8, torch.float32}
     for p, q in zip(model.parameters(), again.parameters(), strict=True):

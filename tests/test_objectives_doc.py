@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,12 @@ from command_line import environment
 from method_ranks import prepare
 from test_methods import conversations, models, words_of  # noqa: F401 (a fixture)
 
+from puna.data.loader import Batch
 from puna.errors import UsageError
 from puna.log import Metrics
 from puna.recipes import run
-from puna.train.objectives import next_token
+from puna.train.objectives import Loss, next_token
+from puna.tune.objective import named_as
 
 PAGE = Path(__file__).parent.parent / "docs/objectives.md"
 
@@ -88,3 +92,39 @@ def test_an_objective_that_cannot_be_is_refused(models: Path, tmp_path: Path) ->
     words = words_of("kd", models, conversations(tmp_path / "rows.jsonl"), tmp_path / "run")
     with pytest.raises(UsageError, match="another one is given"):
         run("sft", objective=next_token, **words)
+
+
+def test_what_an_objective_is_called(models: Path, tmp_path: Path) -> None:
+    """A partial, which docs/objectives.md recommends, has no name of its own: the run ended after loading the model."""
+    words = words_of("lora", models, conversations(tmp_path / "rows.jsonl"), tmp_path / "run", dtype="fp32", steps=2)
+    run("sft", objective=partial(weighted, by=2.0), **words)
+    told = json.loads((tmp_path / "run/final/puna.json").read_text())["objective"]
+    assert told == f"{__name__}.weighted(by=2.0)"
+    assert named_as(Weighted()) == f"{__name__}.Weighted"
+    assert named_as(partial(weighted, by=object())).endswith(".weighted(by=object)")  # no place in memory
+    first, *_ = [row for row in Metrics(tmp_path / "run/metrics.jsonl").read() if "lr" in row]
+    assert first["loss"] == pytest.approx(2 * first["cross_entropy"])
+
+
+def test_a_run_goes_on_with_its_own_objective(models: Path, tmp_path: Path) -> None:
+    """The config does not name it: half of the steps would be of one loss, half of another, and no word of it."""
+    words = words_of("lora", models, conversations(tmp_path / "rows.jsonl"), tmp_path / "run", dtype="fp32", steps=2)
+
+    def stops(model: Any, batch: Batch) -> Loss:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run("sft", objective=stops, **words)
+    for other in (None, weighted):
+        with pytest.raises(UsageError, match=r"another objective is here: .*stops"):
+            run("sft", objective=other, **words)
+
+
+def weighted(model: Any, batch: Batch, by: float = 1.0) -> Loss:
+    loss = next_token(model, batch)
+    return Loss(by * loss.sum, {"cross_entropy": loss.sum.detach()})
+
+
+class Weighted:
+    def __call__(self, model: Any, batch: Batch) -> Loss:
+        return weighted(model, batch)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from puna.quant.quantize import pack_layers, quantize_model, unpack_layers
 from puna.quant.schemes import BASES
 from puna.recipes import run
 from puna.tokenizer.tokenizer import Tokenizer
+from puna.train.blocks import compile_blocks
 from puna.train.fit import build_optimizer, train_step
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
@@ -77,6 +79,18 @@ def test_steps_are_those_on_the_dequantized_base(kind: str, dora: bool, dtype: t
     theirs = lora_parameters(twin)
     for name, parameter in lora_parameters(model).items():
         assert (parameter - theirs[name]).abs().max() < closest[1], name
+
+
+def test_a_compiler_leaves_packed_products_alone(monkeypatch: pytest.MonkeyPatch, recwarn: Any) -> None:
+    """It looked into the calls of the native kernels, a minute long, and told the user to file an issue."""
+    lora = LoraConfig(rank=4, dora=True)
+    expected, _ = steps(packed("nf4", torch.float32), lora, torch.float32, 2)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model = packed("nf4", torch.float32)
+    assert compile_blocks(model)
+    losses, _ = steps(model, lora, torch.float32, 2)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert not [each for each in recwarn if "Dynamo" in str(each.message)]
 
 
 def test_rounded_activations_have_no_plain_base() -> None:
@@ -175,6 +189,19 @@ def test_by_request_on_another_base_is_told(
     assert "trained on a base in nf4" not in caplog.text
     Engine(load(base, "fp32").model, adapters={"it": adapter})
     assert "trained on a base in nf4" in caplog.text
+
+
+def test_dora_by_request_is_what_was_trained(base: Path, rows: Path, tmp_path: Path) -> None:
+    """Its lengths of rows are those of the packed weights: refused, QLoRA with DoRA could only be served merged."""
+    words = {"lora": {"rank": 2, "dora": True}, "new_tokens": [], "train.optimizer.lr": 0.05}
+    adapter = tune(base, rows, tmp_path / "run", steps=3, **words) / "final"
+    alone, ids = puna.load(adapter, dtype="fp32"), [[5, 6, 7]]
+    shared = load(base, "fp32", quantize="nf4")
+    shared.engine.add_adapter("it", adapter)
+    with torch.inference_mode(), shared.engine.adapters.on([("it", 3)]):
+        ours = shared.model(torch.tensor(ids))
+    assert (ours - alone.logits(ids)).abs().max() < 1e-5
+    assert (shared.logits(ids) - ours).abs().max() > 1e-3
 
 
 def test_the_verbs(base: Path, rows: Path, tmp_path: Path) -> None:

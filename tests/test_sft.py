@@ -136,6 +136,9 @@ def test_epochs_decide_the_steps(base: Path, rows: Path, tmp_path: Path) -> None
     with pytest.raises(UsageError, match="both given"):
         run("sft", output=tmp_path / "other", **words, steps=3)
     assert not (tmp_path / "other").exists()
+    again = run("sft", config=done / "resolved.yaml", output=tmp_path / "again")  # which names all steps there are
+    weights = "final/adapter_model.safetensors"
+    assert (again / weights).read_bytes() == (done / weights).read_bytes()
 
 
 def test_packing_ahead_tells_what_training_reads(base: Path, rows: Path, tmp_path: Path) -> None:
@@ -460,3 +463,4 @@ def test_rungs_that_do_not_fit_are_refused_before_loading(rows: Path, base: Path
     }.items():
         with pytest.raises(UsageError, match=name):
             tune(base, rows, tmp_path / name.replace(" ", "-"), **words)
+    assert not (tmp_path / "in_backward").exists()  # nor were the rows read, which may take hours

@@ -28,6 +28,7 @@ from puna.checkpoint.stored_directory import open_model_directory
 from puna.checkpoint.weight_files import read_json
 from puna.data.loader import Batch
 from puna.data.shards import Shards
+from puna.device import generators, set_generators
 from puna.errors import CheckpointError, DataError, NumericError, ResourceError, UsageError
 from puna.eval.perplexity import bits_per_byte
 from puna.files import MANIFEST, hash_file, write_json
@@ -161,12 +162,20 @@ def test_the_device_s_generator_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     there = {torch.device("cuda:1"): torch.tensor([7, 0, 255], dtype=torch.uint8)}
     monkeypatch.setattr(torch.cuda, "get_rng_state", there.__getitem__)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: there.update({device: state}))
-    (device,), (state,) = there, there.values()
-    stored = json.loads(json.dumps(train_state._device_generator(device)))
-    there.clear()
-    train_state._set_device_generator(device, stored)
-    assert torch.equal(there[device], state)
-    train_state._set_device_generator(torch.device("cpu"), stored)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([9], dtype=torch.uint8))
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: there.update({torch.device("mps"): state}))
+    for kind, kept in (
+        ("cuda:1", [7, 0, 255]),
+        ("mps", [9]),
+    ):  # a step done over again after running out of memory, too
+        stored = generators(torch.device(kind))
+        set_generators(torch.device(kind), stored)
+        assert there[torch.device(kind)].tolist() == kept
+        before, drawn = torch.get_rng_state(), torch.rand(1)
+        there.clear()
+        set_generators(torch.device("cpu"), {**stored, "cpu": before})  # another kind of device than it was saved on
+        assert torch.equal(torch.rand(1), drawn)
+        assert not there
 
 
 def test_a_validation_lost_in_a_crash_is_made_up_for(shards: Path, finished: Path, tmp_path: Path) -> None:
@@ -269,7 +278,6 @@ def test_another_config_or_a_finished_run_is_refused(shards: Path, finished: Pat
 
 def test_a_full_disk_keeps_the_old_checkpoint(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fills while the second checkpoint is written: the first stays whole, exit code 6."""
-    from puna.checkpoint import train_state
 
     real, calls = train_state._write, []
 

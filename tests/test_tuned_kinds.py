@@ -185,6 +185,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "frozen weights": ({"lora": None, "quantize": "nf4"}, UsageError, "without lora"),
     "frozen rows": ({"new_tokens": ["<|plan|>"]}, UsageError, "nothing would be learned"),
     "no such layer": ({"lora": {"modules_to_save": ["embed_token"]}}, UsageError, "did you mean `embed_tokens`"),
+    "packed": (
+        {"quantize": "nf4", "lora": {"targets": ["k_proj"], "modules_to_save": ["q_proj"]}},
+        UsageError,
+        "q_proj is quantized",
+    ),
     "twice": ({"lora": {"modules_to_save": ["q_proj"]}}, UsageError, "among lora.targets"),
     "old token": ({**NEW, "new_tokens": ["<|eot_id|>", "<|eot_id|>"]}, UsageError, "cannot be added"),
 }

@@ -21,6 +21,7 @@ from torch import nn
 from puna.checkpoint.model_directory import checkpoints
 from puna.checkpoint.safetensors_file import Weight, write_safetensors
 from puna.checkpoint.weight_files import read_json
+from puna.device import generators, set_generators
 from puna.dist.collectives import from_each, from_first, on_first
 from puna.errors import CheckpointError
 from puna.files import atomic_folder, disk_errors, require_space, temporary_name, verify, write_json
@@ -68,16 +69,16 @@ def save_train_state(
     if rank() == 0:
         run.metrics.sync()
         run.samples.sync()
-    device = next(model.parameters()).device
     # disk_errors for the other ranks too: theirs is the same full disk, and torch raises what one met on all.
     with disk_errors(target), on_first(atomic_folder(target)) as folder:
         save_model(folder)
         _write(folder / "optimizer", tensors)
+        drawn_from = {kind: _text(state) for kind, state in generators(next(model.parameters()).device).items()}
         values = {
             **{key: value for key, value in asdict(state).items() if key != "kept"},
             "data": batches.state_dict(),
-            "generators": from_each(_text(torch.get_rng_state())),
-            "device_generators": from_each(_device_generator(device)),
+            "generators": from_each(drawn_from.pop("cpu")),
+            "device_generators": from_each(drawn_from),
             "threads": torch.get_num_threads(),
             "moments": any(optimizer.state.values()),
         }
@@ -96,11 +97,10 @@ def load_train_state(
         _make_moments(optimizer)
     _read(folder / "optimizer", _tensors(model, optimizer))
     batches.load_state_dict(values["data"])
-    generators = values.get("generators") or [values["generator"]]  # until 2026-11 there was one
-    if len(generators) == ranks():
-        torch.set_rng_state(_state(generators[rank()]))
-        if on_devices := values.get("device_generators"):
-            _set_device_generator(next(model.parameters()).device, on_devices[rank()])
+    cpu = values.get("generators") or [values["generator"]]  # until 2026-11 there was one
+    if len(cpu) == ranks():
+        own = {"cpu": cpu[rank()], **(values.get("device_generators") or [{}] * ranks())[rank()]}
+        set_generators(next(model.parameters()).device, {kind: _state(text) for kind, text in own.items()})
         torch.set_num_threads(values["threads"])
     else:  # dropout of other rows: no stream can be gone on with
         torch.manual_seed(values["step"] * ranks() + rank())
@@ -119,21 +119,6 @@ def load_weights(run: Run, step: int, model: nn.Module) -> None:
     _read(folder / "optimizer", {f"parameter.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad})
 
 
-def _device_generator(device: torch.device) -> dict[str, str]:
-    """The state, by the device's type, of the generator that dropout on `device` draws from; nothing for the CPU."""
-    if device.type == "cuda":
-        return {"cuda": _text(torch.cuda.get_rng_state(device))}
-    return {"mps": _text(torch.mps.get_rng_state())} if device.type == "mps" else {}
-
-
-def _set_device_generator(device: torch.device, stored: dict[str, str]) -> None:
-    """What `_device_generator` gave, put back; a run that goes on on another kind of device draws anew."""
-    if device.type == "cuda" and "cuda" in stored:
-        torch.cuda.set_rng_state(_state(stored["cuda"]), device)
-    elif device.type == "mps" and "mps" in stored:
-        torch.mps.set_rng_state(_state(stored["mps"]))
-
-
 def _text(state: torch.Tensor) -> str:
     return base64.b64encode(state.numpy().tobytes()).decode()
 
@@ -143,13 +128,19 @@ def _state(text: str) -> torch.Tensor:
 
 
 def _make_moments(optimizer: torch.optim.Optimizer) -> None:
-    """A step with zero gradients makes the tensors that loading then overwrites."""
-    for group in optimizer.param_groups:
+    """A step with a zero gradient makes the tensors that loading then overwrites.
+
+    One parameter at a time: a run that steps in the backward may have no memory for all gradients.
+    """
+    groups = optimizer.param_groups
+    for group in groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
+            optimizer.param_groups = [{**group, "params": [parameter]}]
             parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+            optimizer.step()
+            parameter.grad = None
+    optimizer.param_groups = groups
 
 
 def newest_checkpoint(run: Run) -> Path | None:

@@ -21,7 +21,7 @@ from puna.errors import UsageError
 from puna.log import log
 from puna.lora import LoraLinear
 from puna.model.transformer import Transformer
-from puna.ops.packed_layers import packed_layers
+from puna.ops.packed_layers import PackedLinear, packed_layers
 
 
 class LowRank(NamedTuple):
@@ -71,7 +71,7 @@ class Adapters:
 
         Raises:
             CheckpointError: it does not fit the model, or puna does not compute it.
-            UsageError: the model has an adapter of its own already, or is quantized and the adapter is DoRA.
+            UsageError: the model has an adapter of its own already.
         """
         if any(isinstance(module, LoraLinear) for module in self.model.modules()):
             raise UsageError("the model has an adapter of its own", where=str(folder), fix="merge it, or load its base")
@@ -157,9 +157,11 @@ def _grouped(rows: Iterable[tuple[str | None, int]]) -> Iterator[tuple[int, int,
 
 
 def _stretch(base: nn.Module, a: Tensor, b: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """DoRA's m / ||W + B A|| of each row (Liu et al. 2024), as of now: a base that is trained on needs `add` again."""
-    if not isinstance(base, nn.Linear):
-        raise UsageError(f"a DoRA adapter needs the weights of {name} as they are", fix="a base that is not quantized")
+    """DoRA's m / ||W + B A|| of each row (Liu et al. 2024), as of now: a base that is trained on needs `add` again.
+
+    W of a packed layer is what it was while the adapter was trained: dequantized.
+    """
+    assert isinstance(base, nn.Linear | PackedLinear)
     magnitude, weight = tensors[f"{name}.lora_magnitude_vector"].to(a.device), base.weight
     wide = torch.promote_types(weight.dtype, torch.float32)
     norm = (weight.to(wide) + b.to(wide) @ a.to(wide)).norm(dim=1)

@@ -88,7 +88,8 @@ def unpack_layers(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
             continue
         if layer.packed.activations != "float":
             raise UsageError(
-                f"{name} rounds what enters it to 8 bits: no plain weight computes the same", fix="the unquantized base"
+                f"{name} rounds what enters it to 8 bits: no plain weight computes the same",
+                fix="the unquantized base (puna merge --onto original)",
             )
         with torch.device("meta"):
             plain = Linear(layer.in_features, layer.out_features)

@@ -31,7 +31,7 @@ from puna.run_folder import Forecast, Run
 from puna.tokenizer.tokenizer import Tokenizer
 from puna.train.blocks import checkpoint_blocks, compile_blocks
 from puna.train.budget import steps_within
-from puna.train.fit import TrainConfig, check_training, fit
+from puna.train.fit import TrainConfig, check_held_out, check_training, fit
 from puna.train.objectives import next_token
 from puna.train.optim import with_rate
 
@@ -71,11 +71,12 @@ class Config(RecipeConfig):
 
 def main(config: Config, forecast: Forecast | None = None) -> Path:
     """Train, validate, and write `final/`. Run again after an interruption, it goes on."""
-    if config.seconds and "steps" in config.model_fields_set:
+    if config.seconds and config.steps != Config.model_fields["steps"].default:  # that of a resolved.yaml is
         raise UsageError("steps and seconds are both given", fix="seconds=null, or leave steps out")
+    check_training(config.train, config.device)
     # A wrong path or source is told before a run folder exists.
     train, valid = Shards(config.data, "train"), Shards(config.data, "valid")
-    check_training(config.train, config.device, held_out=valid.tokens > 0)
+    check_held_out(config.train, valid.tokens > 0)
     batches = TokenLoader(train, config.seq_len, config.batch_size, config.seed, config.mixture)
     with shared_run(config) as run:
         device = choose_device(config.device)

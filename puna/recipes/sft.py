@@ -29,10 +29,11 @@ from puna.run_folder import Forecast, Run
 from puna.tokenizer.chat.format import Encoded, has_template
 from puna.train.blocks import checkpoint_blocks, compile_blocks
 from puna.train.distill import DistillConfig
-from puna.train.fit import Objective, TrainConfig, check_training, fit
+from puna.train.fit import Objective, TrainConfig, check_held_out, check_training, fit
 from puna.train.objectives import next_token
 from puna.train.optim import OptimizerConfig
 from puna.tune.model import TunedModel, check_tuned, load_tuned, saver, trained_for, tuned_tokenizer
+from puna.tune.objective import check_same, named_as
 from puna.tune.rows import ChatRows, encode, read_rows, steps_of, template_variables
 from puna.tune.teacher import check_teacher, distillation, load_teacher
 
@@ -90,12 +91,13 @@ def main(config: Config, objective: Objective | None = None, forecast: Forecast 
     """
     _check(config, objective)
     with shared_run(config) as run:
+        check_same(objective, run)
         check_tasks(config.judge.tasks)  # what can be wrong in data and tasks is told before anything is computed
         tokenizer, train, valid = read_rows(config, tuned_tokenizer(config), run.folder / "selection.json")
         if config.distill:
             check_teacher(config.distill, tokenizer)
         watched = encode(config, tokenizer, config.watch)[1] if given(config.watch) else []
-        check_training(config.train, config.device, held_out=bool(valid))
+        check_held_out(config.train, bool(valid))
         use_machine(run)
         if forecast:
             run.once("forecast", forecast)
@@ -120,7 +122,7 @@ def main(config: Config, objective: Objective | None = None, forecast: Forecast 
             teacher = load_teacher(config.distill, config.dtype, config.device)
             parents.append(parent(config.distill.teacher, teacher.path))
             minimised = distillation(teacher, config.distill)
-        told = {"objective": f"{objective.__module__}.{objective.__qualname__}"} if objective else {}
+        told = {"objective": named_as(objective)} if objective else {}
         made_from = lineage("sft", parents, config=asked, data=batches.fingerprint, **trained_for(config), **told)
         save = saver(config, llama)
         evaluate = partial(_evaluate, run=run, llama=llama, config=config, held_out=held_out)
@@ -154,13 +156,15 @@ def main(config: Config, objective: Objective | None = None, forecast: Forecast 
 
 def _check(config: Config, objective: Objective | None) -> None:
     """Refuse what cannot go together, before anything is read."""
-    check_tuned(config)
-    if config.epochs and "steps" in config.model_fields_set:
+    # The steps of a resolved.yaml are the default.
+    if config.epochs and config.steps != Config.model_fields["steps"].default:
         raise UsageError("steps and epochs are both given", fix="epochs=null, or leave steps out")
     if config.qat and config.compile:
         raise UsageError("qat with compile", cause="its products are native calls already", fix="compile=false")
     if config.distill and objective:
         raise UsageError("distill is an objective, and another one is given", fix="distill=null")
+    check_training(config.train, config.device)
+    check_tuned(config)
 
 
 def _evaluate(

@@ -13,6 +13,7 @@ from puna.device import compile_problem
 from puna.log import log
 from puna.model.cache import Cache
 from puna.model.transformer import Block, Transformer
+from puna.ops.packed_layers import packed_layers
 
 Checkpointed = Literal["none", "selective", "full"]
 
@@ -26,6 +27,8 @@ def compile_blocks(model: Transformer) -> bool:
     if problem := compile_problem():
         log.warning("no torch.compile here, training eagerly: %s", problem)
         return False
+    for packed in packed_layers(model).values():  # calls of the native kernels, which the compiler tries to look into
+        packed.forward = torch.compiler.disable(packed.forward)  # type: ignore[method-assign]
     for layer in model.layers:
         assert isinstance(layer, Block)
         layer.before, layer.after = _in_training(layer.before), _in_training(layer.after)  # type: ignore[method-assign]

@@ -79,11 +79,8 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
-def check_training(config: TrainConfig, device: str, held_out: bool = True) -> None:
-    """Refuse what does not go together, before a model is loaded.
-
-    Args:
-        held_out: whether there is text to validate on.
+def check_training(config: TrainConfig, device: str) -> None:
+    """Refuse what does not go together, before anything is read.
 
     Raises:
         UsageError: what, why, and what to set instead.
@@ -114,6 +111,14 @@ def check_training(config: TrainConfig, device: str, held_out: bool = True) -> N
             f"train.offload_activations on {kind}: activations are in the machine's own memory already",
             fix="train.offload_activations=false",
         )
+
+
+def check_held_out(config: TrainConfig, held_out: bool) -> None:
+    """Refuse what goes by a validation loss where there is no text to validate on, before a model is loaded.
+
+    Raises:
+        UsageError: see above.
+    """
     if (config.patience or config.keep_best) and not held_out:
         raise UsageError(
             "train.patience and train.keep_best go by valid_loss, and nothing is held out",

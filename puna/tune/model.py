@@ -14,7 +14,7 @@ from puna.device import choose_dtype
 from puna.errors import DataError, UsageError
 from puna.infer.llama import Llama, load
 from puna.log import log
-from puna.lora import LoraConfig, adapted_layers, add_lora, lora_layers, lora_parameters, whole_parameters
+from puna.lora import LoraConfig, adapted_layers, add_lora, frozen_whole, lora_layers, lora_parameters, whole_parameters
 from puna.model.init import build_model
 from puna.quant.qat import QatConfig, qat_plan, round_layers, rounded_product
 from puna.quant.schemes import SCHEMES
@@ -51,22 +51,28 @@ def check_tuned(config: TunedModel) -> None:
     Raises:
         UsageError: settings that exclude one another. DataError: the model is an adapter itself.
     """
-    if (found := find_model(config.model) / ADAPTER).exists():
-        fix = f"puna merge {config.model} FOLDER, and then model=FOLDER"
-        raise DataError("the model is an adapter itself", where=found.parent, fix=fix)
     _check_qat(config)
     if config.quantize and not config.lora:
         raise UsageError(
             f"quantize: {config.quantize} without lora", cause="packed weights are frozen: nothing would be trained",
             fix="lora: {rank: 16}, or quantize: null",
         )  # fmt: skip
+    if (found := find_model(config.model) / ADAPTER).exists():
+        fix = f"puna merge {config.model} FOLDER, and then model=FOLDER"
+        raise DataError("the model is an adapter itself", where=found.parent, fix=fix)
     if config.lora is None:
         return
     model = build_model(open_model(config.model).config)  # names without weights
     if tied := model.config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
-    adapted_layers(model, config.lora)
-    trained = whole_parameters(model, config.lora)
+    adapted, trained = adapted_layers(model, config.lora), whole_parameters(model, config.lora)
+    if config.qat and "lm_head" in adapted:
+        raise UsageError(
+            "qat with an adapter on lm_head", cause="the loss multiplies by its weight, which would not be rounded",
+            fix="lora.targets without lm_head, or lora.modules_to_save: [lm_head]",
+        )  # fmt: skip
+    if config.quantize and (packed := [n for n, p in trained.items() if n.startswith("layers.") and p.ndim == 2]):
+        raise frozen_whole(packed[0].removesuffix(".weight"))
     ends = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     if config.new_tokens and any(f"{name}.weight" not in trained for name in ends):
         raise UsageError(

@@ -22,7 +22,7 @@ def check_teacher(config: DistillConfig, student: Tokenizer) -> None:
         raise UsageError(
             f"distill.teacher: {config.teacher} has another tokenizer than the student",
             cause="its probabilities are those of other ids",
-            fix="a teacher of the same family, or tune on texts that it wrote",
+            fix="a teacher of the same family (new_tokens are none of its ids), or tune on texts that it wrote",
         )
 
 
