@@ -159,16 +159,18 @@ def test_the_first_mistake_is_told(workers: int, bad: int, encoding: Encoding, l
     assert told.value.fix
 
 
-def test_a_mistake_in_reading_is_told_after_what_was_read(encoding: Encoding, large: None) -> None:
-    """A file that ends in rubbish: told as that, by any number of processes."""
+@pytest.mark.parametrize("good", [0, 3, 4, 8, 30])
+def test_a_mistake_in_reading_is_told_after_what_was_read(good: int, encoding: Encoding, large: None) -> None:
+    """A file that ends in rubbish: told as that, by any number of processes. Where the rubbish began a chunk, and
+    processes were not started yet, the rows before it were taken for all there are."""
 
     def read() -> Iterator[Conversation]:
-        yield from conversations(30)
-        raise DataError("not JSON", where="rows:30")
+        yield from conversations(good)
+        raise DataError("not JSON", where=f"rows:{good}")
 
     for workers in (1, 2):
         chunks = encode_in_order(read(), encoding, workers)
-        assert sum(len(next(chunks).lengths) for _ in range(7)) == 28
+        assert sum(len(next(chunks).lengths) for _ in range(good // 4)) == good // 4 * 4
         with pytest.raises(DataError, match="not JSON"):
             list(chunks)
 

@@ -63,7 +63,7 @@ def encode_in_order(
         yield _encode(work, encoding)
     if (workers or cores()) == 1:
         yield from (_encode(work, encoding) for work in works)
-    elif next_work := next(works, None):
+    elif (next_work := next(works, None)) is not None:
         yield from _on_processes(chain([next_work], works), encoding, workers or min(cores(), _MOST))
 
 
@@ -76,8 +76,7 @@ def _works(conversations: Iterable[Conversation]) -> Iterator[Work]:
                 yield chunk
                 chunk = []
     except PunaError as error:
-        yield chunk
-        yield error
+        yield from filter(None, [chunk, error])
         return
     if chunk:
         yield chunk
