@@ -274,10 +274,13 @@ def test_whatever_decides_on_ids_decides_on_the_key(
     ]  # fmt: skip
     keys += [find(file, other, cache).folder for other in others]
     keys.append(find(file, encoding, cache, limit=59).folder)
+    for limit in (None, 58):  # a part may have the name of a field that changes no ids
+        part = MixedSource(path=file, limit=limit)
+        keys.append(find_rows(ChatSource(sources={"path": part}), encoding, cache, workers=1).folder)
     monkeypatch.setattr(row_cache, "_code", lambda: "newer")
     keys.append(find(file, encoding, cache).folder)
     monkeypatch.undo()
-    assert len(set(keys)) == len(others) + 3
+    assert len(set(keys)) == len(others) + 5
     assert None not in keys
 
 
@@ -473,6 +476,14 @@ def test_packs_of_many_rows_are_kept(
     for kept in (tmp_path / "cache").glob("*.packs.npz"):
         kept.write_bytes(kept.read_bytes()[:-40])
     assert list(pack_rows(split_rows(rows, 0.3)[0], 96)) == list(made[0.3, 96])
+
+
+def test_no_rows_are_refused() -> None:
+    """A validation split that took every conversation: the first batch was looked for without end."""
+    train, valid = split_rows(Rows.of(encoded_rows()), 0.999)
+    assert len(valid) == len(encoded_rows())
+    with pytest.raises(DataError, match="no conversations to train on"):
+        PackedLoader(train, 32, 1, pad_id=0, seed=0)
 
 
 def test_unpacked_rows_are_as_wide_as_the_longest() -> None:
