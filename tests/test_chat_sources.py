@@ -160,6 +160,13 @@ def test_folders_patterns_and_splits(tmp_path: Path) -> None:
     assert [c.messages[0]["content"] for c in read(tmp_path, split="eval")] == ["test.jsonl"]
     with pytest.raises(UsageError, match="no split `validation`"):
         read(tmp_path, split="validation")
+    home = tmp_path / "dev"  # no folder above the pattern is a split
+    home.mkdir()
+    for name in ("train.jsonl", "other.jsonl"):
+        write(home / name, [{"prompt": name, "completion": "A"}])
+    assert [c.messages[0]["content"] for c in read(home / "*.jsonl", split="train")] == ["train.jsonl"]
+    with pytest.raises(UsageError, match="no split `validation`"):
+        read(home / "*.jsonl", split="validation")
     assert [c.where for c in read(tmp_path / "*.jsonl")] == [f"{tmp_path}/test.jsonl:1"]
     assert files_of(ChatSource(path=tmp_path / "train-*")) == sorted(tmp_path.glob("train-*"))
     with pytest.raises(DataError, match="did you mean"):
