@@ -23,7 +23,9 @@ def near_both(train: Iterable[Encoded], valid: Sequence[Encoded], threshold: flo
     """
     prompts, rest = [_prompt(row) for row in valid], map(_prompt, train)
     some = list(islice(rest, _SOME))
-    several = prompts if len(set(map(tuple, prompts))) > 1 else [*prompts, *some]
+    several = prompts
+    if len(set(map(tuple, prompts))) == 1:  # of `some` those that begin alike: raw texts have no template
+        several = [prompts[0], *(prompt for prompt in some if prompt[:2] == prompts[0][:2])]
     start, end = _shared(several), _shared([prompt[::-1] for prompt in several])
     found = NearDuplicates(threshold)
     for prompt in prompts:
