@@ -205,6 +205,31 @@ def test_a_dead_process_is_told(encoding: Encoding, large: None, monkeypatch: py
         list(encode_in_order(conversations(), encoding, 2))
 
 
+def test_a_process_that_does_not_start_is_told(
+    encoding: Encoding, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe that nobody reads ended in a traceback; and what was started before a failure went on for ever."""
+    python = sys.executable
+    monkeypatch.setattr(encoders.sys, "executable", "false")
+    more_than_a_pipe = ChatFormat(encoding.chat.tokenizer, "llama3", note=" " * (1 << 17))
+    with pytest.raises(ResourceError, match="died"):
+        list(encode_in_order(conversations(), replace(encoding, chat=more_than_a_pipe), 2))
+    monkeypatch.setattr(encoders.sys, "executable", python)
+    started = []
+
+    def popen(*given: Any, **options: Any) -> Any:
+        if started:
+            raise BlockingIOError("no more processes")
+        started.append(real(*given, **options))
+        return started[0]
+
+    real = subprocess.Popen
+    monkeypatch.setattr(encoders.subprocess, "Popen", popen)
+    with pytest.raises(BlockingIOError):
+        list(encode_in_order(conversations(), encoding, 2))
+    assert started[0].poll() is not None
+
+
 def test_a_script_without_a_guard_works(tokenizer_folder: Path, tmp_path: Path) -> None:
     """Processes that import the caller's script would start it again, and again; torch in each costs a second."""
     script = tmp_path / "mine.py"
