@@ -1,32 +1,36 @@
-"""What packing costs and what it saves, in three parts; each takes a minute or two on two cores.
+"""What packing saves and what it costs, in three parts.
 
-python bench/packing.py train [--rows FILE] [--limit 64] [--rounds 3]   short conversations packed beside padded
-python bench/packing.py encode [--rows FILE] [--count 8000]             conversations a second with 1, 2 ... processes
-python bench/packing.py pack                                            1 and 4 million rows by their lengths
-The first is LoRA of SmolLM2-135M (rank 16, all linears); without --rows it takes chatterbot's small talk. Padded rows
-are as long as the longest of their batch, or all 512 ids, as shapes that are compiled or exported once have to be.
+python bench/packing.py train [--rows FILE ...] [--seconds 90]           packed conversations beside padded ones
+python bench/packing.py encode [--rows FILE] [--count 8000]              conversations a second with 1, 2 ... processes
+python bench/packing.py pack                                             1 and 4 million rows by their lengths
+Rows are chatterbot's small talk and each FILE's. The first part is steps of LoRA (rank 16, all linears) of
+SmolLM2-135M: one packed row of 512 ids; as many conversations a step, padded to the longest of them; one conversation
+padded to 512 ids, as shapes that are compiled or exported once have to be. The one that computed least goes next. Ids
+computed in a second of CPU time are measured, which neighbours on the machine change little; how many of these ids are
+trained is counted over all rows. --seconds is for all steps together.
 """
 
 import argparse
 import itertools
+import os
 import time
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-from side_by_side import Work, compare
-
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would be measured
 MODEL = "smollm2-135m"
-LENGTH, BATCH = 512, 4
+LENGTH = 512
+CONVERSATIONS = 1000
 
 
-def source(rows: str | None, limit: int | None = None) -> Any:
+def source(rows: str | None) -> Any:
     from puna.data.conversations import ChatSource
     from puna.data.dialogues import DIALOGUES
 
     if rows:
-        return ChatSource(path=rows, limit=limit)
+        return ChatSource(path=Path(rows), limit=CONVERSATIONS)
     DIALOGUES["chatterbot"].fetch()
-    return ChatSource(packages=["chatterbot"], limit=limit)
+    return ChatSource(packages=["chatterbot"], limit=CONVERSATIONS)
 
 
 def encoding() -> Any:
@@ -37,23 +41,48 @@ def encoding() -> Any:
     return Encoding(ChatFormat(load_tokenizer(MODEL), date_string="26 Jul 2024"), LENGTH)
 
 
-def encoded(rows: str | None, limit: int) -> list[Any]:
+def layouts(rows: str | None) -> dict[str, list[Any]]:
+    """An epoch of the same conversations in each layout: shuffled batches."""
     from puna.data.conversations import read_conversations
     from puna.data.encode import encode_conversations
+    from puna.data.packing import PackedLoader
 
     given = encoding()
-    return encode_conversations(read_conversations(source(rows, limit)), given.chat, LENGTH, "all")
+    made = encode_conversations(read_conversations(source(rows)), given.chat, LENGTH, "all", "drop")
+    lengths = [len(row.ids) for row in made]
+    packed = PackedLoader(made, LENGTH, 1, 0, seed=0)
+    together = round(len(made) / packed.drawn)
+    some, single = (PackedLoader(made, LENGTH, size, 0, seed=0, packed=False) for size in (together, 1))
+    mean = sum(lengths) / len(made)
+    print(f"\n{rows or 'chatterbot'}: {len(made)} conversations of {mean:.0f} ids on average, {max(lengths)} at most")
+    return {
+        "packed": epoch(packed),
+        f"padded, {together} a step": epoch(some),
+        f"padded to {LENGTH}": [widened(batch, LENGTH) for batch in epoch(single)],
+    }
 
 
-def side(rows: str | None, limit: int, batch: int, packed: bool, width: int = 0) -> Work:
-    """All conversations once a step of the comparison, `batch` rows of at least `width` ids to a step of training."""
+def epoch(loader: Any) -> list[Any]:
+    return [next(loader) for _ in range(loader.drawn // loader.batch_size)]
+
+
+def widened(batch: Any, width: int) -> Any:
+    """Every row padded to `width` ids."""
     import torch
 
-    import puna
-    from puna.data.loader import Batch
-    from puna.data.packing import PackedLoader
-    from puna.lora import LoraConfig, add_lora
     from puna.ops.cross_entropy import IGNORE
+
+    more = width - batch.tokens.shape[1]
+    tokens, labels, positions = (
+        torch.nn.functional.pad(tensor, (0, more), value=value)
+        for tensor, value in ((batch.tokens, 0), (batch.labels, IGNORE), (batch.positions, 0))
+    )
+    return type(batch)(tokens, labels, batch.n, positions, batch.documents)
+
+
+def train(given: argparse.Namespace) -> None:
+    import puna
+    from puna.lora import LoraConfig, add_lora
     from puna.train.fit import train_step
     from puna.train.objectives import next_token
     from puna.train.optim import OptimizerConfig, build_optimizer
@@ -61,48 +90,44 @@ def side(rows: str | None, limit: int, batch: int, packed: bool, width: int = 0)
     model = puna.load(MODEL, dtype="bf16").model
     add_lora(model, LoraConfig(rank=16, alpha=32))
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.0))
-    loader = PackedLoader(encoded(rows, limit), LENGTH, batch, 0, seed=0, packed=packed)
 
-    def wide(made: Batch) -> Batch:
-        more = max(0, width - made.tokens.shape[1])
-        tokens, labels, positions = (
-            torch.nn.functional.pad(tensor, (0, more), value=value)
-            for tensor, value in ((made.tokens, 0), (made.labels, IGNORE), (made.positions, 0))
-        )
-        return Batch(tokens, labels, made.n, positions, made.documents)
+    def step(batch: Any) -> float:
+        started = time.process_time()
+        train_step(model, optimizer, [batch], next_token, 1e-4, 1.0, lambda loss, norm: True)
+        return time.process_time() - started
 
-    def epoch() -> float:
-        for start in range(0, len(loader.packs), batch):
-            micro = [wide(loader.batch(loader.packs[start : start + batch]))]
-            train_step(model, optimizer, micro, next_token, 1e-4, 1.0, lambda loss, norm: True)
-        return 0.0  # batches differ, so no loss is theirs to compare
+    files = [None, *given.rows]
+    for number, rows in enumerate(files):
+        made = layouts(rows)
+        if number == 0:
+            step(made["packed"][-1])  # warms up
+        steps = {name: itertools.cycle(batches) for name, batches in made.items()}
+        took, ids = dict.fromkeys(made, 0.0), dict.fromkeys(made, 0)
+        end = time.perf_counter() + given.seconds / len(files)
+        while not all(ids.values()) or time.perf_counter() < end:
+            name = min(took, key=lambda name: took[name])
+            batch = next(steps[name])
+            took[name] += step(batch)
+            ids[name] += batch.size
+        report(made, took, ids)
 
-    return Work(epoch)
 
-
-def train(given: argparse.Namespace) -> None:
-    from puna.data.packs import pack
-
-    made = encoded(given.rows, given.limit)
-    lengths = [len(row.ids) for row in made]
-    together = -(-len(made) * BATCH // len(pack(lengths, LENGTH)))  # conversations in a packed batch
-    print(f"{len(made)} conversations of {sum(lengths) / len(made):.0f} ids on average, {max(lengths)} at most")
-    sides = {
-        f"packed, {BATCH} rows of {LENGTH}": partial(side, given.rows, given.limit, BATCH, True),
-        f"padded to {LENGTH}, {BATCH} rows": partial(side, given.rows, given.limit, BATCH, False, LENGTH),
-        f"padded, {BATCH} rows": partial(side, given.rows, given.limit, BATCH, False),
-        f"padded, {together} rows": partial(side, given.rows, given.limit, together, False),
-    }
-    speeds = compare(sides, sum(sum(row.trained[1:]) for row in made), given.rounds, unit="trained")
-    ours, *padded = speeds.values()
-    print("trained tokens a second, packed by padded: " + ", ".join(f"{ours / other:.2f}x" for other in padded))
+def report(made: dict[str, list[Any]], took: dict[str, float], ids: dict[str, int]) -> None:
+    print(f"{'':20} {'ids/s':>8} {'trained':>8} {'trained/s':>10} {'packed is':>10} {'CPU s':>8}")
+    ours = 0.0
+    for name, batches in made.items():
+        speed = ids[name] / took[name]
+        share = sum(batch.n for batch in batches) / sum(batch.size for batch in batches)
+        ours = ours or speed * share
+        ratio = f"{ours / (speed * share):.2f}x"
+        print(f"{name:20} {speed:8.1f} {share:8.1%} {speed * share:10.1f} {ratio:>10} {took[name]:8.1f}")
 
 
 def encode(given: argparse.Namespace) -> None:
     from puna.data.conversations import read_conversations
     from puna.data.encoders import cores, encode_in_order
 
-    few = list(read_conversations(source(given.rows)))
+    few = list(read_conversations(source(*given.rows[:1] or [None])))
     how = encoding()
     for workers in dict.fromkeys([1, 2, cores()]):
         chunks = encode_in_order(itertools.islice(itertools.cycle(few), given.count), how, workers)
@@ -131,9 +156,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {"train": train, "encode": encode, "pack": pack_lengths}
     parser.add_argument("part", choices=parts)
-    parser.add_argument("--rows", help="a file of conversations; without it chatterbot's")
-    parser.add_argument("--limit", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", nargs="+", default=[], metavar="FILE", help="files of conversations")
+    parser.add_argument("--seconds", type=float, default=90, help="that steps of training take")
     parser.add_argument("--count", type=int, default=8000)
     given = parser.parse_args()
     parts[given.part](given)

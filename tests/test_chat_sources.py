@@ -44,6 +44,7 @@ def only(path: Path, row: dict[str, Any], **fields: Any) -> Any:
                             {"from": "assistant", "value": "A"}], "system": "other"}, [SYSTEM, ASKED, TOLD]),
         ({"messages": [{"role": "developer", "content": "S"}, ASKED, {**TOLD, "weight": 1}]}, [SYSTEM, ASKED, TOLD]),
         ({"messages": [ASKED, {**TOLD, "weight": 0}, ASKED, TOLD]}, [ASKED, {**TOLD, "train": False}, ASKED, TOLD]),
+        ({"messages": [ASKED, {**TOLD, "train": 0}, ASKED, TOLD]}, [ASKED, {**TOLD, "train": False}, ASKED, TOLD]),
         ({"messages": [{**ASKED, "content": [{"type": "text", "text": "Q"}]}, TOLD]}, [ASKED, TOLD]),
         ({"messages": json.dumps([ASKED, TOLD])}, [ASKED, TOLD]),
         ({"prompt": "Q", "completion": "A"}, [ASKED, TOLD]),
@@ -81,6 +82,7 @@ def test_the_shape_of_a_file_is_told_and_kept(tmp_path: Path, caplog: pytest.Log
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "no text in `role`"),
         ({"messages": [{**TOLD, "weight": 0.5}]}, "weight 0.5"),
         ({"messages": [{**TOLD, "weight": "1"}]}, "weight '1'"),
+        ({"messages": [{**TOLD, "train": "false"}]}, "train 'false'"),
         ({"conversations": [{"from": "function_call", "value": "{"}]}, "not JSON"),
         ({"instruction": "Q", "output": "A", "history": [["Q"]]}, "history"),
         ({"instruction": "Q", "output": 3}, "format alpaca"),
@@ -158,6 +160,13 @@ def test_folders_patterns_and_splits(tmp_path: Path) -> None:
     assert [c.messages[0]["content"] for c in read(tmp_path, split="eval")] == ["test.jsonl"]
     with pytest.raises(UsageError, match="no split `validation`"):
         read(tmp_path, split="validation")
+    home = tmp_path / "dev"  # no folder above the pattern is a split
+    home.mkdir()
+    for name in ("train.jsonl", "other.jsonl"):
+        write(home / name, [{"prompt": name, "completion": "A"}])
+    assert [c.messages[0]["content"] for c in read(home / "*.jsonl", split="train")] == ["train.jsonl"]
+    with pytest.raises(UsageError, match="no split `validation`"):
+        read(home / "*.jsonl", split="validation")
     assert [c.where for c in read(tmp_path / "*.jsonl")] == [f"{tmp_path}/test.jsonl:1"]
     assert files_of(ChatSource(path=tmp_path / "train-*")) == sorted(tmp_path.glob("train-*"))
     with pytest.raises(DataError, match="did you mean"):

@@ -39,7 +39,7 @@ from puna.ops.native import linear as by_native
 from puna.ops.native.library import LEVELS, Native, load
 from puna.ops.packed import Packed, dequantize, expanded, packed_linear, packed_linear_eager, quantize_rows
 from puna.ops.packed_layers import PackedLinear
-from puna.ops.paged_attention import BLOCK
+from puna.ops.paged_attention import BLOCK, Piece, Pieces, paged_attention, paged_attention_eager
 from puna.packages import cache as packages
 from puna.quant.nf4 import with_nested_scales
 from puna.tokenizer.tokenizer import Tokenizer
@@ -215,6 +215,23 @@ def test_a_gradient_flows_through_packed_weights(kernels: Native) -> None:
     packed_linear(x, weight).sum().backward()
     assert x.grad is not None
     assert distance(x.grad, dequantize(weight).sum(0).expand(3, -1)) < 1e-6
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 32), (6, 2, 96), (8, 1, 64)])
+def test_what_another_text_left_in_a_block_is_not_seen(kernels: Native, heads: int, kv_heads: int, dim: int) -> None:
+    """A text that had gone wrong made NaNs of every later one that was given one of its blocks."""
+    r = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(5, kv_heads, BLOCK, dim, generator=r) for _ in range(2))
+    for block, used in ((0, 27), (1, 13), (4, 9)):
+        keys[block, :, used:] = values[block, :, used:] = float("nan")
+    few, many = ([Piece(45 - n, n, [3, 1]), Piece(40, 1, [2, 4]), Piece(16, 11, [0])] for n in (13, 45))
+    cases = [(few, torch.float32), (few, torch.bfloat16), *([(many, torch.bfloat16)] if kernels.wide else [])]
+    for pieces, dtype in cases:
+        step = Pieces(pieces, torch.device("cpu"))
+        q, k, v = (torch.randn(1, n, step.tokens, dim, generator=r).to(dtype) for n in (heads, kv_heads, kv_heads))
+        given = [q, k, v, keys.to(dtype), values.to(dtype)]
+        wanted = paged_attention_eager(*(x.double() for x in given), step)
+        assert distance(paged_attention(*(x.clone() for x in given), step), wanted) < TOLERANCE[dtype]
 
 
 @pytest.fixture

@@ -159,16 +159,18 @@ def test_the_first_mistake_is_told(workers: int, bad: int, encoding: Encoding, l
     assert told.value.fix
 
 
-def test_a_mistake_in_reading_is_told_after_what_was_read(encoding: Encoding, large: None) -> None:
-    """A file that ends in rubbish: told as that, by any number of processes."""
+@pytest.mark.parametrize("good", [0, 3, 4, 8, 30])
+def test_a_mistake_in_reading_is_told_after_what_was_read(good: int, encoding: Encoding, large: None) -> None:
+    """A file that ends in rubbish: told as that, by any number of processes. Where the rubbish began a chunk, and
+    processes were not started yet, the rows before it were taken for all there are."""
 
     def read() -> Iterator[Conversation]:
-        yield from conversations(30)
-        raise DataError("not JSON", where="rows:30")
+        yield from conversations(good)
+        raise DataError("not JSON", where=f"rows:{good}")
 
     for workers in (1, 2):
         chunks = encode_in_order(read(), encoding, workers)
-        assert sum(len(next(chunks).lengths) for _ in range(7)) == 28
+        assert sum(len(next(chunks).lengths) for _ in range(good // 4)) == good // 4 * 4
         with pytest.raises(DataError, match="not JSON"):
             list(chunks)
 
@@ -201,6 +203,31 @@ def test_a_dead_process_is_told(encoding: Encoding, large: None, monkeypatch: py
     monkeypatch.setattr(encoders._Process, "encode", dies)
     with pytest.raises(ResourceError, match="died"):
         list(encode_in_order(conversations(), encoding, 2))
+
+
+def test_a_process_that_does_not_start_is_told(
+    encoding: Encoding, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe that nobody reads ended in a traceback; and what was started before a failure went on for ever."""
+    python = sys.executable
+    monkeypatch.setattr(encoders.sys, "executable", "false")
+    more_than_a_pipe = ChatFormat(encoding.chat.tokenizer, "llama3", note=" " * (1 << 17))
+    with pytest.raises(ResourceError, match="died"):
+        list(encode_in_order(conversations(), replace(encoding, chat=more_than_a_pipe), 2))
+    monkeypatch.setattr(encoders.sys, "executable", python)
+    started = []
+
+    def popen(*given: Any, **options: Any) -> Any:
+        if started:
+            raise BlockingIOError("no more processes")
+        started.append(real(*given, **options))
+        return started[0]
+
+    real = subprocess.Popen
+    monkeypatch.setattr(encoders.subprocess, "Popen", popen)
+    with pytest.raises(BlockingIOError):
+        list(encode_in_order(conversations(), encoding, 2))
+    assert started[0].poll() is not None
 
 
 def test_a_script_without_a_guard_works(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -272,10 +299,13 @@ def test_whatever_decides_on_ids_decides_on_the_key(
     ]  # fmt: skip
     keys += [find(file, other, cache).folder for other in others]
     keys.append(find(file, encoding, cache, limit=59).folder)
+    for limit in (None, 58):  # a part may have the name of a field that changes no ids
+        part = MixedSource(path=file, limit=limit)
+        keys.append(find_rows(ChatSource(sources={"path": part}), encoding, cache, workers=1).folder)
     monkeypatch.setattr(row_cache, "_code", lambda: "newer")
     keys.append(find(file, encoding, cache).folder)
     monkeypatch.undo()
-    assert len(set(keys)) == len(others) + 3
+    assert len(set(keys)) == len(others) + 5
     assert None not in keys
 
 
@@ -471,6 +501,14 @@ def test_packs_of_many_rows_are_kept(
     for kept in (tmp_path / "cache").glob("*.packs.npz"):
         kept.write_bytes(kept.read_bytes()[:-40])
     assert list(pack_rows(split_rows(rows, 0.3)[0], 96)) == list(made[0.3, 96])
+
+
+def test_no_rows_are_refused() -> None:
+    """A validation split that took every conversation: the first batch was looked for without end."""
+    train, valid = split_rows(Rows.of(encoded_rows()), 0.999)
+    assert len(valid) == len(encoded_rows())
+    with pytest.raises(DataError, match="no conversations to train on"):
+        PackedLoader(train, 32, 1, pad_id=0, seed=0)
 
 
 def test_unpacked_rows_are_as_wide_as_the_longest() -> None:

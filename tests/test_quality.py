@@ -249,6 +249,11 @@ def test_questions_that_training_answers_are_counted() -> None:
     assert near_both([row(question) for question in [*questions[20:], *changed]], valid) == 3
     texts = [Encoded([0, *question], [False] + [True] * 30) for question in questions]
     assert near_both(texts[5:30], texts[:20]) == 15
+    # One held-out row, as of twenty in all: it took its whole prompt for the template's.
+    assert near_both([row(question) for question in questions[:3]], valid[:1]) == 1
+    assert near_both([row(question) for question in questions[1:3]], valid[:1]) == 0
+    short = [row([n, n + 1, n + 2, n + 3]) for n in (1000, 2000, 3000)]
+    assert near_both([*short[1:], *texts], short[:1]) == 0
     assert near_both([row([])], [row([]), row([])]) == 0
     assert near_both(valid, []) == 0
 

@@ -7,6 +7,8 @@ import json
 import random
 import subprocess
 import sys
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,16 @@ def test_every_kind_of_file_holds_the_same_rows(kind: str, tmp_path: Path) -> No
     found = list(read_rows(write(tmp_path / f"rows.{kind}", ROWS)))
     assert [row for _, row in found] == ROWS
     assert all(where.startswith(f"{tmp_path}/rows.{kind}:") for where, _ in found)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_turn_s_date_is_text(kind: str, tmp_path: Path) -> None:
+    """Chats with a timestamp in each turn were read until processes encode: no date can be sent to them."""
+    turn = {"role": "user", "content": "Hi", "at": datetime(2023, 4, 9, 12, 30), "cost": Decimal("0.10"), "cut": None}
+    path = write(tmp_path / f"a.{kind}", [{"messages": [turn], "day": date(2023, 4, 9)}])
+    (_, row), *_ = read_rows(path)
+    told = {"role": "user", "content": "Hi", "at": "2023-04-09 12:30:00", "cost": "0.10"}
+    assert json.loads(json.dumps(row)) == {"messages": [told], "day": "2023-04-09"}
 
 
 def test_json_in_every_layout(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from command_line import puna as command
 from safetensors.torch import load_file
 
 import puna
+from puna.cli.data import pack_data
 from puna.config import load_config
+from puna.data import encoders, row_cache
 from puna.data.packing import PackedLoader
 from puna.errors import CheckpointError, UsageError
 from puna.eval.parity.observe import compare_models
@@ -28,6 +30,8 @@ from puna.recipes import run, sft
 from puna.tokenizer.chat.format import bundled
 from puna.tokenizer.decoding import Stream
 from puna.tokenizer.tokenizer import Tokenizer
+from puna.tune.model import tuned_tokenizer
+from puna.tune.rows import encode
 
 SMALL = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 48}
 
@@ -154,6 +158,26 @@ def test_packing_ahead_tells_what_training_reads(base: Path, rows: Path, tmp_pat
     assert 0.5 < told["fill"] <= 1
     assert "rows are held out" in command("data", "pack", tmp_path / "mine.yaml", *words).stdout
     assert command("data", "pack", "quickstart/pretrain").returncode == 2
+    apart = command("data", "pack", tmp_path / "mine.yaml", *words, f"valid.path={rows}", "--json")
+    assert [json.loads(apart.stdout)[name]["held_out"] for name in ("data", "valid")] == [0, 0]
+
+
+def test_training_finds_what_was_packed_ahead(
+    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packed with another tokenizer than training's, hours of encoding are done twice; `data show` had it, too."""
+    monkeypatch.setattr(row_cache, "SMALL", 1)
+    monkeypatch.setattr(encoders, "CHUNK", 8)
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        f"recipe: sft\nmodel: {base}\ntemplate: llama3\ndata: {{path: {rows}}}\ndata_cache: {tmp_path / 'cache'}\n"
+        "new_tokens: ['<|plan|>']\nlora: {modules_to_save: [embed_tokens, lm_head]}\n",
+        encoding="utf-8",
+    )
+    pack_data(str(config), [], 1, True)
+    packed = json.loads(capsys.readouterr().out)["data"]["folder"]
+    settings = load_config(sft.Config, config)
+    assert packed == str(encode(settings, tuned_tokenizer(settings), settings.data)[1].folder)
 
 
 def test_two_ranks_tune_an_adapter(base: Path, rows: Path, tmp_path: Path) -> None:

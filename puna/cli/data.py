@@ -67,10 +67,11 @@ def _documents(folder: Path, split: str, numbers: list[int]) -> list[dict[str, A
 def _conversations(config: str, words: list[str], numbers: list[int] | None) -> list[dict[str, Any]]:
     """The conversations of these numbers; without any, the first two packed rows."""
     from puna.data.packs import pack_rows
+    from puna.tune.model import tuned_tokenizer
     from puna.tune.rows import encode
 
     settings = _settings(config, words)
-    tokenizer, rows = encode(settings, _tokenizer(settings.model), settings.data)
+    tokenizer, rows = encode(settings, tuned_tokenizer(settings), settings.data)
     if outside := [n for n in numbers or [] if not 0 <= n < len(rows)]:
         raise UsageError(f"no conversation {outside}", cause=f"there are {len(rows)}")
     shown = {f"conversation {n}": [n] for n in numbers or []}
@@ -107,12 +108,15 @@ def pack_data(
 ) -> None:
     """Encode and pack a config's conversations now, so that training starts at once. It uses what lies ready."""
     from puna.data.conversations import given
+    from puna.tune.model import tuned_tokenizer
     from puna.tune.rows import encode, packed_as
 
     settings, found = _settings(config, words or []), {}
+    tokenizer, apart = tuned_tokenizer(settings), given(settings.valid)
     for name, source in (("data", settings.data), ("valid", settings.valid), ("watch", settings.watch)):
         if name == "data" or given(source):
-            found[name] = packed_as(settings, encode(settings, _tokenizer(settings.model), source, workers)[1])
+            share = settings.valid_fraction if name == "data" and not apart else 0.0
+            found[name] = packed_as(settings, encode(settings, tokenizer, source, workers)[1], share)
     if as_json:
         print_json(found)
         return

@@ -63,7 +63,7 @@ def encode_in_order(
         yield _encode(work, encoding)
     if (workers or cores()) == 1:
         yield from (_encode(work, encoding) for work in works)
-    elif next_work := next(works, None):
+    elif (next_work := next(works, None)) is not None:
         yield from _on_processes(chain([next_work], works), encoding, workers or min(cores(), _MOST))
 
 
@@ -76,8 +76,7 @@ def _works(conversations: Iterable[Conversation]) -> Iterator[Work]:
                 yield chunk
                 chunk = []
     except PunaError as error:
-        yield chunk
-        yield error
+        yield from filter(None, [chunk, error])
         return
     if chunk:
         yield chunk
@@ -93,10 +92,8 @@ def _on_processes(works: Iterable[Work], encoding: Encoding, workers: int) -> It
     waiting: deque[Future[Chunk]] = deque()
     with tempfile.TemporaryDirectory(prefix="puna-") as folder, ThreadPoolExecutor(workers) as threads:
         encoding.chat.tokenizer.save(Path(folder))
-        processes = [_Process(encoding, folder) for _ in range(workers)]
+        processes: list[_Process] = []
         idle: SimpleQueue[_Process] = SimpleQueue()
-        for process in processes:
-            idle.put(process)
 
         def ask(work: Work) -> Chunk:  # each process is asked by one thread at a time
             process = idle.get()
@@ -106,6 +103,9 @@ def _on_processes(works: Iterable[Work], encoding: Encoding, workers: int) -> It
                 idle.put(process)
 
         try:
+            for _ in range(workers):  # those that run end with the others, whatever happens meanwhile
+                processes.append(_Process(encoding, folder))
+                idle.put(processes[-1])
             for work in works:
                 waiting.append(threads.submit(ask, work))
                 if len(waiting) > 2 * workers:  # bounded, or all that is read would wait in memory
@@ -137,7 +137,8 @@ class _Process:
         chat = encoding.chat
         variables = {name: value for name, value in chat.variables.items() if not callable(value)}
         setup = [tokenizer, chat.source, variables, encoding.seq_len, encoding.train, encoding.too_long]
-        self._ask(setup)
+        with contextlib.suppress(OSError):  # it is dead: who asks it to encode is told
+            self._ask(setup)
 
     def encode(self, work: Work) -> Chunk:
         """`encode_chunk` over there.

@@ -37,7 +37,7 @@ class PackedLoader:
             and what packed rows have to equal.
 
     Raises:
-        DataError: a row longer than seq_len, or passes over a source that the rows do not have.
+        DataError: no rows, one longer than seq_len, or passes over a source that the rows do not have.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class PackedLoader:
         self.packed = packed
         if (longest := max(self.rows.lengths, default=0)) > seq_len:
             raise DataError(f"a conversation of {longest} ids does not fit seq_len={seq_len}", fix="a larger seq_len")
+        if not len(self.rows):
+            raise DataError("no conversations to train on", fix="a smaller valid_fraction, or more of them")
         self.packs = pack_rows(self.rows, seq_len) if packed else single(self.rows)
         self.fingerprint = self.rows.fingerprint
         self.epoch = self.index = 0

@@ -36,7 +36,7 @@ SMALL = 1_000_000
 VERIFIED = 100_000_000
 """Bytes of kept rows up to which their hashes are compared at every start; of more, sizes alone."""
 _YOUNG = 2_000_000_000  # ns; FAT's clock ticks that slowly
-_NOT_IDS = {"path", "passes"}
+_NOT_IDS = {"path": True, "passes": True, "sources": {"__all__": {"path", "passes"}}}
 """Fields of a source that change no ids: a moved file is the same, and `passes` only says how often rows are read."""
 
 
@@ -134,18 +134,11 @@ def _key(source: ChatSource, encoding: Encoding, folder: Path, read: bool) -> st
     variables = {name: value for name, value in chat.variables.items() if not callable(value)}
     today = "" if "strftime_now" in chat.variables else date.today().isoformat()  # what a template may ask for
     parts: list[Any] = [
-        _code(), _versions(), _ids_of(source.model_dump(mode="json")), files,
+        _code(), _versions(), source.model_dump(mode="json", exclude=_NOT_IDS), files,
         sorted((name, hashlib.sha256(raw).hexdigest()) for name, raw in chat.tokenizer.files.items()),
         chat.source, variables, today, encoding.seq_len, encoding.train, encoding.too_long,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _ids_of(fields: Any) -> Any:
-    """A source's fields, less those that change no ids, at any depth."""
-    if isinstance(fields, dict):
-        return {name: _ids_of(value) for name, value in fields.items() if name not in _NOT_IDS}
-    return fields
 
 
 @cache

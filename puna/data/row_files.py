@@ -148,7 +148,9 @@ def _read_arrow(file: Path) -> Iterator[Any]:
 
 
 def _own(value: Any) -> Any:
-    """Less the fields without a value: Arrow gives every object the fields of all rows."""
+    """Less the fields without a value: Arrow gives every object the fields of all rows. Dates and decimals as text."""
     if isinstance(value, Mapping):
         return {name: _own(inner) for name, inner in value.items() if inner is not None}
-    return [_own(inner) for inner in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_own(inner) for inner in value]
+    return value if value is None or isinstance(value, str | int | float | bytes) else str(value)

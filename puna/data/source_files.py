@@ -4,6 +4,7 @@ import glob
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path
 
 from puna.checkpoint.hub import cache_folder, find_cached, hub_name
@@ -32,7 +33,8 @@ def local_files(path: Path, split: str | None) -> list[Path]:
     found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     if not found:
         raise DataError("no such file" + nearest_path(path), where=path)
-    return _of_split({p.as_posix(): p for p in found}, split, path) if split else found
+    root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))  # its names tell of no split
+    return _of_split({p.relative_to(root).as_posix(): p for p in found}, split, path) if split else found
 
 
 def cached_files(dataset: str, pattern: str | None, split: str | None) -> list[Path]:

@@ -50,8 +50,10 @@ def exchange(question: str, answer: str) -> Messages:
 
 
 def _trained(weight: Any, train: Any, where: str) -> dict[str, bool]:
-    if weight not in (None, 0, 1):
-        raise DataError(f"a message of weight {weight!r}", where=where, cause="a message is trained (1) or not (0)")
-    if weight == 0 or train is False:
+    for name, value in (("weight", weight), ("train", train)):
+        if value not in (None, 0, 1):
+            why = "a message is trained (1, true) or not (0, false)"
+            raise DataError(f"a message of {name} {value!r}", where=where, cause=why)
+    if weight == 0 or train == 0:
         return {"train": False}
-    return {"train": True} if train is True else {}
+    return {"train": True} if train == 1 else {}

@@ -86,9 +86,13 @@ def read_rows(config: ChatRows, tokenizer: Tokenizer, selection: Path) -> tuple[
     return tokenizer, train, valid
 
 
-def packed_as(config: ChatRows, rows: Rows) -> dict[str, Any]:
-    """What training would read of the rows, in numbers; packs, and how full they are, are of the training part."""
-    train, held_out = split_rows(rows, config.valid_fraction)
+def packed_as(config: ChatRows, rows: Rows, share: float) -> dict[str, Any]:
+    """What would be read of the rows, in numbers; packs, and how full they are, are of those not held out.
+
+    Args:
+        share: held out.
+    """
+    train, held_out = split_rows(rows, share)
     packs, ids = pack_rows(train, config.seq_len), int(rows.lengths.sum())
     names, counts = rows.names, np.bincount(rows.entries["source"], minlength=len(rows.names)).tolist()
     return {

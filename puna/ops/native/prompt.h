@@ -5,13 +5,15 @@
 constexpr int64_t STRETCH = 16;  // tokens
 constexpr int64_t SPAN = 64;     // keys at a time
 
-// Values of `count` tokens (0 behind the last), (SPAN, dim), as panels of 32 dims whose inputs are the tokens.
+// Values of PANEL tokens as panels of 32 dims whose inputs are the tokens, (SPAN, dim). The `count` first are the
+// text's; what another text left behind them counts as zero, since 0 * NaN is not masked.
 static void fill_values(const Half* rows, int64_t first, int64_t count, int64_t dim, int32_t* panels) {
     for (int64_t d = 0; d < dim; d += 16) {
         int32_t* panel = panels + d / PANEL * (SPAN / 2) * PANEL + d % PANEL;
-        for (int64_t t = 0; t < count; t += 2) {
-            __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_epi16(rows + t * dim + d));
-            __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_epi16(rows + (t + 1) * dim + d));
+        for (int64_t t = 0; t < PANEL; t += 2) {
+            __mmask16 here = t < count ? 0xffff : 0, next = t + 1 < count ? 0xffff : 0;
+            __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, rows + t * dim + d));
+            __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next, rows + (t + 1) * dim + d));
             _mm512_store_si512(panel + (first + t) / 2 * PANEL, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
         }
     }
@@ -82,7 +84,7 @@ struct Stretch {
             int64_t place = ((block * pool.kv_heads + kv) * pool.block + (start + at) % pool.block) * dim;
             fill_panel(static_cast<const Half*>(pool.keys) + place, PANEL, dim, keys);
             by_panel<false>(keys, dim / 2, queries, dim, rows, scores + at, SPAN, PANEL);
-            fill_values(static_cast<const Half*>(pool.values) + place, at, PANEL, dim, values);
+            fill_values(static_cast<const Half*>(pool.values) + place, at, left - at, dim, values);
         }
         for (int64_t i = 0; i < rows; i++) {
             int64_t seen = pool.lengths[row + i / group] - start;
