@@ -276,6 +276,11 @@ def test_what_is_printed(saved: Path, tmp_path: Path) -> None:
     ("scheme", "group", "told"),
     [
         ("int4", 32, ["int8, a scale for each row: lm_head", "int4, a scale for each 32 of a row: Linear"]),
+        (
+            "int8-int4",
+            32,
+            ["int8, inputs too, a scale for each row: lm_head", "int8-int4, a scale for each 32 of a row: Linear"],
+        ),
         ("int8", None, ["int8, a scale for each row: Linear"]),
         ("nf4", None, ["nf4, a scale for each 64"]),
         ("nf4-double", None, ["nf4-double, a scale of 8 bits for each 64"]),

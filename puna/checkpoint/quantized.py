@@ -81,7 +81,8 @@ def kinds(section: Mapping[str, Any], where: object) -> list[str]:
         return ["nf4-double, a scale of 8 bits for each 64" if nested else "nf4, a scale for each 64"]
     told = []
     for group in read_groups(section, where):
-        scheme = f"int8-int{group.bits}" if group.activations == "int8" else f"int{group.bits}"
+        inputs = group.activations == "int8"
+        scheme = "int8-int4" if inputs and group.bits == 4 else f"int{group.bits}" + ", inputs too" * inputs
         scale = f"a scale for each {group.size} of a row" if group.size else "a scale for each row"
         told.append(f"{scheme}, {scale}: {', '.join(group.targets[:3])}{' ...' * (len(group.targets) > 3)}")
     return told
