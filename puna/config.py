@@ -75,9 +75,8 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, sign, text = word.partition("=")
         if not sign or not key:
-            raise UsageError(
-                f"`{word}` is not of the form key=value", fix="for example sources.path=FOLDER or steps=100"
-            )
+            fix = f"{word}=VALUE" if not sign else "for example sources.path=FOLDER or steps=100"
+            raise UsageError(f"`{word}` is not of the form key=value", fix=fix)
         given[key] = text
         if text[:1] in ("[", "{", '"', "'") or text in ("null", "~", ""):
             try:

@@ -183,6 +183,8 @@ def _scalar(value: Scalar, form: str = "") -> str:
         return "–"
     if isinstance(value, float):
         return format(value, form) if form else number_text(value)
+    if isinstance(value, bool):
+        return str(value).lower()
     return text_of(value) if isinstance(value, str) else f"{value:,}"
 
 

@@ -126,6 +126,8 @@ def _ending_told(file: Path) -> Iterator[None]:
     except BaseException as error:
         how = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         what = getattr(error, "what", "") or f"{type(error).__name__}: {error}".rstrip(": ")
+        if how == "failed" and (where := getattr(error, "where", "")):
+            what = f"{where}: {what}"
         with contextlib.suppress(Exception):  # on a full disk the error that filled it has to come through
             write_json(file, {"state": how, "why": what.removeprefix("stopped: ")[:1000]})
         raise
@@ -264,8 +266,9 @@ def _check_continues(config: RecipeConfig, folder: Path) -> None:
     if changed and not any((folder / "checkpoints").glob("step-*")) and not trained:
         log.info("nothing was trained in %s yet: taking the new config", folder)
         # The new config last: a crash in between must not leave it beside what was measured for the old one.
-        for name in ("measured.json", "metrics.jsonl", "samples.jsonl"):
-            (folder / name).unlink(missing_ok=True)
+        names = ("measured.json", "metrics.jsonl", "samples.jsonl")
+        for file in (*(folder / name for name in names), *folder.glob("track/*.json")):
+            file.unlink(missing_ok=True)
         write_text(folder / "resolved.yaml", to_yaml(config))
         return
     if changed:

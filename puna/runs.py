@@ -6,6 +6,7 @@ Read in milliseconds, by those who look at runs of many steps: without torch, an
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -139,7 +140,10 @@ def read_run(folder: Path) -> RunView:
         UsageError: none is there.
     """
     if not (folder / "resolved.yaml").is_file():
-        raise UsageError("not a run folder", where=folder, fix="puna runs ls")
+        here = [str(run.folder) for run in find_runs(Path("."))]
+        near = [run for run in here if Path(run).name == folder.name] or get_close_matches(str(folder), here, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        raise UsageError(f"not a run folder{hint}", where=folder, fix="puna runs ls")
     return RunView(folder)
 
 

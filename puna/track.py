@@ -197,7 +197,8 @@ def main(folder: Path, name: str) -> int:
 
 
 def _wait(ended: threading.Event) -> None:
-    sys.stdin.buffer.read()  # returns when the run closes its end, or is gone
+    while os.read(0, 4096):  # empty when the run closes its end, or is gone; sys.stdin has a lock that aborts the exit
+        pass
     ended.set()
     signal.alarm(_ALONE)
 

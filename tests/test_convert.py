@@ -107,6 +107,7 @@ def test_what_is_written_can_be_opened(model: Path, tmp_path: Path) -> None:
     file = convert(model, tmp_path / "Llama-3.2", "gguf")
     assert open_model(file).format == "gguf"
     assert load_tokenizer(file).fingerprint == open_model(file).read_tokenizer().fingerprint
+    assert open_model(convert(model, tmp_path / "my-model")).format == "hf", "what any other name is"
     folder = convert(model, tmp_path / "hf", "hf").rename(tmp_path / "hf.gguf")
     assert open_model(folder).format == "hf"
 
@@ -125,7 +126,7 @@ def test_what_cannot_be_is_told_before_the_first_byte(
     new = tmp_path / "new"
     cases = [
         (refused(model, tmp_path / "there", "hf"), UsageError, "exists already"),
-        (refused(model, new, None), UsageError, "which format?"),
+        (refused(model, tmp_path / "new.pth", None), UsageError, "the name of a file"),
         (refused(model, new, "ggfu"), UsageError, "did you mean `gguf`?"),
         (refused(model, new, "hf", shards=2), UsageError, "--shards means nothing for hf"),
         (refused(model, tmp_path / "new.gguf", None, dtype="bf16"), UsageError, "--dtype means nothing for gguf"),

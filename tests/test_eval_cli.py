@@ -45,7 +45,10 @@ def test_scores_gains_answers_and_contamination(models: Path, shards: Path) -> N
     """One command, all of it: each score with its interval, n, definition and data; the answers it was made of."""
     common = ["eval", "a", "--tasks", "piqa", "--data", ".", "--dtype", "fp32"]
     more = ["--shots", "2", "--limit", "8", "--against", "b", "--shards", shards, "--output", "answers", "--json"]
-    asked, again, plain = puna_forked([[*common, *more], [*common, "--against", "a", "--json"], common], models)
+    asked, again, plain, words, other = puna_forked(
+        [[*common, *more], [*common, "--against", "a", "--json"], common, [*common, "--against", "b"],
+         [*common[:1], "b", *common[2:], "--json"]], models,
+    )  # fmt: skip
     assert asked.returncode == 0, asked.stderr
     [row] = json.loads(asked.stdout)
     assert (row["task"], row["n"], row["shots"], row["data"][:7]) == ("piqa", 8, 2, "sha256:")
@@ -64,6 +67,12 @@ def test_scores_gains_answers_and_contamination(models: Path, shards: Path) -> N
         assert answer["acc"] == (likeliest == answer["right"])
     assert row["contamination"]["subsets"]["clean"]["n"] == 8  # nothing of this is in the shards
     assert json.loads(again.stdout)[0]["gain"]["value"] == 0
+    [alone] = json.loads(other.stdout)
+    told = f"{alone['metrics']['acc']['value']:.4f}"
+    assert [line.split()[3] for line in words.stdout.splitlines() if "the other model " in line] == [told]
+    assert words.stdout.count(" of b") == 1
+    assert row["against"]["model"] == "b"
+    assert row["against"]["metrics"].keys() == row["metrics"].keys()
     assert "the right answer has the highest log-likelihood" in plain.stdout
 
 

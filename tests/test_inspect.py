@@ -22,6 +22,7 @@ from puna.checkpoint.inspect import inspect, nearest_presets
 from puna.checkpoint.registry import open_model
 from puna.checkpoint.stored import Format, Stored
 from puna.errors import CheckpointError, DataError
+from puna.eval.certificate import quantize
 from puna.infer.llama import Llama
 from puna.lineage import lineage, parent, write_lineage
 from puna.model.config import count_parameters
@@ -269,3 +270,29 @@ def test_what_is_printed(saved: Path, tmp_path: Path) -> None:
     assert not {"config", "tensors", "bytes", "ids"} & {line.split(" ")[0] for line in told.stdout.splitlines()}
     assert (nowhere.returncode, data.returncode) == (4, 4)
     assert "did you mean `evil`?" in nowhere.stderr
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group", "told"),
+    [
+        ("int4", 32, ["int8, a scale for each row: lm_head", "int4, a scale for each 32 of a row: Linear"]),
+        (
+            "int8-int4",
+            32,
+            ["int8, inputs too, a scale for each row: lm_head", "int8-int4, a scale for each 32 of a row: Linear"],
+        ),
+        ("int8", None, ["int8, a scale for each row: Linear"]),
+        ("nf4", None, ["nf4, a scale for each 64"]),
+        ("nf4-double", None, ["nf4-double, a scale of 8 bits for each 64"]),
+    ],
+)
+def test_what_weights_were_rounded_to(
+    scheme: str, group: int | None, told: list[str], saved: Path, tmp_path: Path
+) -> None:
+    """`INT4 x 210` of a directory: by which scheme, in which groups?"""
+    wide = build(CONFIG.model_copy(update={"dim": 64, "ffn_dim": 64, "n_heads": 4, "head_dim": 16}))
+    model = tmp_path / "wide"
+    Llama(wide, Tokenizer(saved), saved, [7]).save(model, "bf16")
+    quantize(model, tmp_path / "small", scheme, group=group, text="The llama grazes.")
+    assert inspect(tmp_path / "small")["quantized"] == told
+    assert "quantized" not in inspect(model)

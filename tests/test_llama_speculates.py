@@ -1,12 +1,14 @@
 """The Python API over guessing and adapters: names become proposers, and nothing else about a text changes."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import puna_forked
 from test_model import BASE, build
 
-from puna.errors import UsageError
+from puna.errors import CheckpointError, PunaError, UsageError
 from puna.infer.llama import Llama
 from puna.infer.speculation.draft import Draft
 from puna.model.config import ModelConfig
@@ -59,3 +61,19 @@ def test_a_quantized_model_guesses_for_itself_on_the_command_line(tokenizer_fold
     assert guessed.returncode == 0, guessed.stderr
     assert guessed.stdout == plain.stdout
     assert "dequantized" in guessed.stderr
+
+
+def test_slips_are_answered(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """`Sampling.__init__() got an unexpected keyword argument`, or a list of where models lie for `lokup`."""
+    llama = Llama(build(ModelConfig(**SHAPE)).eval(), Tokenizer(tokenizer_folder), tmp_path, [])
+    llama.save(model := tmp_path / "model", "fp32")
+    slips: list[tuple[dict[str, Any], type[PunaError], str]] = [
+        ({"temprature": 1.0}, UsageError, "no sampling option `temprature`; did you mean `temperature`?"),
+        ({"speculate": "lokup"}, CheckpointError, "speculate=lokup: no such model; did you mean `lookup`?"),
+        ({"adapter": tmp_path / "nowhere"}, CheckpointError, "nowhere: no such model"),
+        ({"adapter": model}, UsageError, "a model, not an adapter"),
+    ]
+    for given, kind, says in slips:
+        with pytest.raises(kind, match=re.escape(says)) as told:
+            llama.generate("a", **given)
+        assert told.value.fix

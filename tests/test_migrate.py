@@ -164,8 +164,6 @@ def test_values_survive_the_page(tmp_path: Path) -> None:
         ("alpaca_cleaned_dataset", "alpaca_dataset", "data.hub", "tatsu-lab/alpaca"),
         ("seed: 7", "seed: null", "seed", 0),
         ("max_steps_per_epoch: null", "max_steps_per_epoch: 30", "steps", 60),
-        ("torch.optim.AdamW", "bitsandbytes.optim.PagedAdamW8bit", "train.optimizer.kind", "adamw8bit"),
-        ("torch.optim.AdamW", "torchao.prototype.low_bit_optim.AdamW8bit", "train.optimizer.kind", "adamw8bit"),
         ("  fused: True", "  betas: [0.8, 0.9]", "train.optimizer.betas", [0.8, 0.9]),
         ("clip_grad_norm: 0.5", "clip_grad_norm: null", "train.optimizer.clip", 0.0),
         ("clip_grad_norm: 0.5", "clip_grad_norm: inf", "train.optimizer.clip", 0.0),
@@ -203,9 +201,33 @@ def test_the_optimizer_in_the_backward_pass(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="takes no accumulation"):
         change(tmp_path, "compile: True", "optimizer_in_bwd: True")
     alone = FULL.replace("gradient_accumulation_steps: 8\nclip_grad_norm: 0.5", "optimizer_in_bwd: True")
+    alone = alone.replace("--nproc_per_node 2", "")
     given = page(tmp_path, alone).given()
     assert given["train.optimizer.in_backward"] is True
     assert (given["train.accumulate"], given["train.optimizer.clip"], given["train.skip_budget"]) == (1, 0.0, 0)
+
+
+def test_several_devices_have_what_they_can_have(tmp_path: Path) -> None:
+    """8-bit moments and steps in the backward are of one process: puna would have refused the migrated config."""
+    old = "gradient_accumulation_steps: 8\nclip_grad_norm: 0.5"
+    new = "gradient_accumulation_steps: 1\noptimizer_in_bwd: True"
+    made = change(tmp_path, old, new)
+    assert made.ranks == 2
+    assert made.lost["optimizer_in_bwd"]
+    assert "train.optimizer.in_backward" not in made.given()
+    for name in ("bitsandbytes.optim.PagedAdamW8bit", "torchao.prototype.low_bit_optim.AdamW8bit"):
+        eight = change(tmp_path, "torch.optim.AdamW", name)
+        assert eight.given()["train.optimizer.kind"] == "adamw"
+        alone = change(tmp_path, "torch.optim.AdamW", name, LORA.replace("--nproc_per_node 2", ""))
+        assert alone.given()["train.optimizer.kind"] == "adamw8bit"
+
+
+def test_what_bf16_weights_lose_is_told_of_bf16_alone(tmp_path: Path) -> None:
+    """`torchtune keeps weights in bf16` of a config that says fp32."""
+    (tmp_path / "full.yaml").write_text(FULL)
+    assert "dtype of the weights" in migrated(tmp_path / "full.yaml").lost
+    (tmp_path / "full.yaml").write_text(FULL.replace("dtype: bf16", "dtype: fp32"))
+    assert "dtype of the weights" not in migrated(tmp_path / "full.yaml").lost
 
 
 def test_quantization_aware_training(tmp_path: Path) -> None:
@@ -345,6 +367,8 @@ def test_several_datasets_are_a_mixture(tmp_path: Path) -> None:
         ("dtype: bf16", "dtype: fp16", "dtype"),
         ("compile: True", "profiler: {enabled: True}", "profiler"),
         ("alpaca_cleaned_dataset", "alpaca_cleaned_dataset", "dataset: frame"),
+        ("max_steps_per_epoch: null", "max_steps_per_epoch: 100", "max_steps_per_epoch"),
+        ("torch.optim.AdamW", "bitsandbytes.optim.AdamW8bit", "optimizer (8-bit)"),
     ],
 )
 def test_what_is_lost_is_named(tmp_path: Path, old: str, new: str, lost: str) -> None:
@@ -531,10 +555,13 @@ def test_shipped_configs_say_which_way_they_push(name: str) -> None:
 def test_the_verb(tmp_path: Path) -> None:
     """Notes among the YAML on stdout; an existing file overwritten; a refusal with exit code 0."""
     (tmp_path / "theirs.yaml").write_text(LORA)
+    (tmp_path / "bad.yaml").write_text(LORA.replace("lora_rank: 4", "lora_rank: -4"))
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
     (tmp_path / "dpo.yaml").write_text(LORA.replace("modules.loss.CEWithChunkedOutputLoss", "rlhf.loss.DPOLoss"))
-    printed, made, again, refused = puna_forked(
+    printed, made, again, refused, bad, rows = puna_forked(
         [["migrate", "theirs.yaml"], ["migrate", "theirs.yaml", "-o", "ours.yaml", "--nproc", "4"],
-         ["migrate", "theirs.yaml", "-o", "ours.yaml"], ["migrate", "dpo.yaml"]], tmp_path,
+         ["migrate", "theirs.yaml", "-o", "ours.yaml"], ["migrate", "dpo.yaml"],
+         ["migrate", "bad.yaml", "-o", "worse.yaml"], ["migrate", "rows.jsonl"]], tmp_path,
     )  # fmt: skip
     assert [done.returncode for done in (printed, made, again, refused)] == [0, 0, 2, 2]
     (tmp_path / "printed.yaml").write_text(printed.stdout)
@@ -543,3 +570,6 @@ def test_the_verb(tmp_path: Path) -> None:
     assert made.stdout == "ours.yaml\n"
     assert plain(read_yaml(tmp_path / "ours.yaml"))["batch_size"] == 12
     assert "puna ls recipes" in refused.stderr
+    assert (bad.returncode, (tmp_path / "worse.yaml").exists()) == (2, False)
+    assert "lora.rank" in bad.stderr
+    assert "try: a file that `tune cp` wrote" in rows.stderr

@@ -20,7 +20,7 @@ from puna.cli.plot_runs import mean_of
 from puna.cli.runs import words
 from puna.cli.terminal import chart
 from puna.config import RecipeConfig, load_config, parse_words
-from puna.errors import Interrupted, NumericError, PunaError, UsageError
+from puna.errors import DataError, Interrupted, NumericError, PunaError, UsageError
 from puna.eval.tasks import TaskConfig
 from puna.files import is_locked, lock, write_json
 from puna.lora import LoraConfig
@@ -60,7 +60,7 @@ def make(
                 row = {"loss": 3 - slope * step / 10, "lr": 0.1, "grad_norm": 1.0, "n": 7, "tokens": 7 * step}
                 opened.metrics.write(step=step, **row, tok_s=100.0 + step, seconds=float(step))
                 if step % 2 == 0:
-                    opened.metrics.write(step=step, valid_loss=4 - slope * step / 10, gap=1.0)
+                    opened.metrics.write(step=step, valid_loss=4 - slope * step / 10, gap=1.0, memory=10**9)
             ends()
             write_json(folder / "result.json", {"steps": steps, "tokens": 7 * steps, "seconds": 6.0, "tasks": TASKS})
             opened.final.mkdir()
@@ -211,6 +211,7 @@ def test_what_differs(say: Callable[..., str], tmp_path: Path) -> None:
     assert found["cautions"] == []
     text = say("runs", "compare", one, two)
     assert "careful" not in text
+    assert not re.search("^memory ", text, re.MULTILINE), "bytes, and the peak is told in GB"
     assert re.search(r"^6 +2\.800 +3\.400$", text, re.MULTILINE)
     assert re.search(r"^valid loss +2\.800 +3\.400 \(\+0\.6\)$", text, re.MULTILINE)
     assert re.search(r"^chain_sum +50\.0 \(40\.0-60\.0\)", text, re.MULTILINE)
@@ -283,6 +284,33 @@ def test_report_of_a_run_that_stopped(say: Callable[..., str], tmp_path: Path) -
     assert not {"Memory at most", "Predicted and measured", "Made from"} & set(titles), "nothing is known of it"
     early = make(tmp_path / "early", 0, fail(NumericError("x")))
     assert "failed after 0 of 6 steps" in write_run_report(early).read_text()
+
+
+def test_report_tells_where_the_run_ran(say: Callable[..., str], tmp_path: Path) -> None:
+    """A report drawn later, elsewhere, told of the command that drew it and of that machine's versions."""
+    folder = make(tmp_path / "run", **{"lora.dora": True})
+    write_json(folder / "env.json", {"command": ["puna", "run", "a b"], "versions": {"torch": "0.1"}})
+    page = write_run_report(folder, tmp_path / "page.html").read_text()
+    assert "puna run &#x27;a b&#x27;" in page
+    assert "<td>0.1</td>" in page
+    assert re.search("lora.dora</th><td[^>]*>true<", page)
+
+
+def test_a_slip_in_a_folders_name(say: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`no runs in nope` and exit 0 of a folder that is not there; a run's name without its folder."""
+    monkeypatch.chdir(tmp_path)
+    make(Path("runs/mine"))
+    for typed in ("mine", "runs/mien"):
+        with pytest.raises(UsageError, match="not a run folder; did you mean `runs/mine`"):
+            say("runs", "show", typed)
+    with pytest.raises(UsageError, match="no such folder; did you mean `runs`"):
+        say("runs", "ls", "rusn")
+
+
+def test_a_failure_is_told_with_its_place(say: Callable[..., str], tmp_path: Path) -> None:
+    """`nothing to train in this conversation`: in which of ten thousand?"""
+    folder = make(tmp_path / "run", 0, fail(DataError("nothing to train", where="rows.jsonl:7")))
+    assert "failed: rows.jsonl:7: nothing to train" in say("runs", "show", folder)
 
 
 def test_names_do_not_command_the_terminal(say: Callable[..., str], tmp_path: Path) -> None:

@@ -209,6 +209,26 @@ def test_a_missing_tracker_is_one_warning(fake: Fake, told, tmp_path: Path) -> N
     assert warnings(told) == ["wandb needs wandb, not installed here: pip install 'puna[track]'"]
 
 
+def test_a_tracker_that_ends_long_before_its_run_is_one_warning(fake: Fake, told, tmp_path: Path) -> None:
+    """Python aborts a process that exits while its thread holds the lock of sys.stdin: a second, false warning."""
+    (fake.place / "wandb.py").write_text("raise ModuleNotFoundError(name='wandb')")
+    with open_run(config(tmp_path / "run", "wandb")):
+        until(lambda: warnings(told) and not children())
+    assert warnings(told) == ["wandb needs wandb, not installed here: pip install 'puna[track]'"]
+
+
+def test_another_config_is_shown_from_its_first_row(fake: Fake, tmp_path: Path) -> None:
+    """Rows of a config that trained nothing would count as those of the one that took its folder."""
+    fake.do()
+    train(tmp_path / "run", "wandb", steps=range(0), finish=False)
+    with open_run(config(tmp_path / "run", "wandb")) as opened:
+        opened.metrics.write(step=0, valid_loss=2.0)
+    other = Tracked.model_validate({"output": tmp_path / "run", "train": {"track": ["wandb"], "keep": 5}})
+    with open_run(other) as opened:
+        opened.metrics.write(step=0, valid_loss=3.0)
+    assert [row[1] for row in fake.rows if row[0] == 0] == [{"valid/loss": 2.0}, {"valid/loss": 3.0}]
+
+
 def test_a_process_that_cannot_be_started_is_one_warning(told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine out of processes still trains."""
 

@@ -38,7 +38,7 @@ def convert(
     """Write the model `source`, of any format, as `target`: whole, or not at all. Returns `target`.
 
     Args:
-        to: hf, meta, gguf or llama2.c; guessed where `target` is called *.gguf or *.bin.
+        to: hf, meta, gguf or llama2.c; by default what `target` is called: *.gguf, *.bin, or hf, a folder.
         dtype: fp32, bf16, fp16 or fp64, of hf and meta; default: as stored, or bf16 for a quantized model.
         kind: of gguf: F32, F16, BF16, Q8_0, Q4_0 or Q4_K_M, default F16; of llama2.c: v0, v1 or v2, default v0, the
             one that run.c reads.
@@ -102,8 +102,7 @@ def _format(to: str | None, target: Path) -> Format:
     if to is None and meant:
         return meant
     known = get_args(Format)
-    if to is None:
-        raise UsageError("which format?", where=target, fix=" or ".join(f"--to {name}" for name in known))
+    to = to or "hf"
     if to not in known:
         raise UsageError(f"no format `{to}`{nearest(to, list(known))}", where="--to", fix=", ".join(known))
     if meant is None and to in ("hf", "meta"):

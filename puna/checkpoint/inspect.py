@@ -12,11 +12,13 @@ from puna.checkpoint.adapter import CONFIG as ADAPTER
 from puna.checkpoint.adapter import WEIGHTS, adapter_config, base_of
 from puna.checkpoint.gguf.file import is_gguf, open_gguf
 from puna.checkpoint.gguf.model import gguf_config
+from puna.checkpoint.names import quantization_of
+from puna.checkpoint.quantized import kinds
 from puna.checkpoint.registered import REGISTERED
 from puna.checkpoint.registry import find_model, holds_model, load_tokenizer, locate, open_model
 from puna.checkpoint.safetensors_file import read_header
 from puna.checkpoint.stored import Stored, rows_missing
-from puna.checkpoint.weight_files import inside
+from puna.checkpoint.weight_files import inside, read_json
 from puna.errors import CheckpointError, DataError, PunaError
 from puna.files import MANIFEST, as_path, read_manifest
 from puna.lineage import fingerprint, parents_of, read_lineage
@@ -130,6 +132,10 @@ def _model(stored: Stored) -> dict[str, Any]:
         "config": config.model_dump(),
         **_stored(_kinds(stored), [f for f in stored.files if f.exists()]),
     }
+    if stored.format == "hf":
+        file = stored.path / "config.json"
+        if section := quantization_of(read_json(file), file):
+            told["quantized"] = kinds(section, file)
     if problems := stored.problems():
         told["does not fit its config"] = problems[:10]
     try:

@@ -69,6 +69,25 @@ def open_quantized(
     return weights
 
 
+def kinds(section: Mapping[str, Any], where: object) -> list[str]:
+    """What layers were rounded to, as config.json's section says it: a line for each kind, `puna quantize`'s words.
+
+    Raises:
+        CheckpointError: a layout that is not computed.
+    """
+    if section["quant_method"] == "bitsandbytes":
+        bitsandbytes.check_section(section, where)
+        nested = bool(section.get("bnb_4bit_use_double_quant"))
+        return ["nf4-double, a scale of 8 bits for each 64" if nested else "nf4, a scale for each 64"]
+    told = []
+    for group in read_groups(section, where):
+        inputs = group.activations == "int8"
+        scheme = "int8-int4" if inputs and group.bits == 4 else f"int{group.bits}" + ", inputs too" * inputs
+        scale = f"a scale for each {group.size} of a row" if group.size else "a scale for each row"
+        told.append(f"{scheme}, {scale}: {', '.join(group.targets[:3])}{' ...' * (len(group.targets) > 3)}")
+    return told
+
+
 def _opener(section: Mapping[str, Any], where: object) -> Callable[..., tuple[Callable[[], Packed], str]]:
     """What opens a layer from (its disk name, its parts, shape, where): what reads it, and what it is stored in."""
     if section["quant_method"] == "bitsandbytes":

@@ -77,6 +77,11 @@ def cautions(runs: Sequence[RunView], names: Sequence[str]) -> list[str]:
     return found
 
 
+def told(key: str) -> bool:
+    """Whether a column of the validations is one of their results: not where they are, or what they took."""
+    return key not in ("step", "memory") and not key.startswith("epochs.")
+
+
 def _rank(run: RunView) -> tuple[bool, float]:
     value = _final(run, "valid_loss")
     return (value is None, value or 0.0)
@@ -98,9 +103,7 @@ def _losses(runs: Sequence[RunView], key: str) -> list[list[str]]:
 def _ends(runs: Sequence[RunView]) -> list[list[str]]:
     """Final numbers, each with its difference to the first run."""
     rows = []
-    keys = dict.fromkeys(
-        k for run in runs for row in run.validations for k in row if k != "step" and k[:7] != "epochs."
-    )
+    keys = dict.fromkeys(k for run in runs for row in run.validations for k in row if told(k))
     for key in keys:
         values = [_final(run, key) for run in runs]
         rows.append([key.replace("_", " "), number(values[0]), *(_against(values[0], v) for v in values[1:])])

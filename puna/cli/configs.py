@@ -106,9 +106,10 @@ def cp(config: ConfigName, file: Annotated[Path, typer.Argument(help="Where to w
 def validate(config: ConfigName, words: Words = None) -> None:
     """Check a config and print every value it resolves to."""
     from puna.config import parse_words, to_yaml
-    from puna.recipes import config_file, load, recipe_of
+    from puna.recipes import RECIPES, config_file, load, recipe_of
 
-    settings = load(recipe_of(config_file(config)), config, parse_words(words or []))
+    recipe, file = (config, None) if config in RECIPES else (recipe_of(config_file(config)), config)
+    settings = load(recipe, file, parse_words(words or []))
     print(to_yaml(settings), end="")
 
 

@@ -14,7 +14,10 @@ def register(app: typer.Typer) -> None:
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help=MODEL)],
     target: Annotated[str, typer.Argument(metavar="DST", help="The folder or file to write.")],
-    to: Annotated[str | None, typer.Option(help="hf, meta, gguf or llama2.c; guessed of *.gguf and *.bin.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="hf, meta, gguf or llama2.c. Default: gguf of *.gguf, llama2.c of *.bin, else hf."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of hf and meta: bf16, fp16, fp32, fp64. Default: as stored; bf16 if quantized.")
     ] = None,

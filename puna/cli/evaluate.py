@@ -148,6 +148,8 @@ def _procedural(llamas: list[Any], config: Any) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {"task": score.task, "accuracy": value, "low": low, "high": high, "n": score.n}
         row["majority"] = majority(score.task, config.limit, settings).accuracy
         if len(scores) > 1:
+            theirs = dict(zip(("low", "value", "high"), scores[1].interval, strict=True))
+            row["against"] = {"model": str(llamas[1].path), "metrics": {"accuracy": theirs}}
             row["gain"] = dict(zip(("low", "value", "high"), gain(scores[1], score), strict=True))
         yield {**row, "shots": config.shots, "lenient": config.lenient, "settings": settings}
 
@@ -165,6 +167,7 @@ def _exams(
         marks = [sit(exam, reader, sampling) for reader in readers]
         row = scorecard(marks[0])
         if len(marks) > 1:
+            row["against"] = {name: scorecard(marks[1])[name] for name in ("model", "metrics")}
             row["gain"] = gain_over(*marks)
         if shards:
             row["contamination"] = contamination(marks[0], shards, llamas[0].tokenizer, ngram)
@@ -175,12 +178,14 @@ def _exams(
 
 def _print(row: dict[str, Any]) -> None:
     """A row for people: metrics under each other, the rest behind one another."""
-    rest = {k: v for k, v in row.items() if k not in ("metrics", "contamination", "gain")}
+    rest = {k: v for k, v in row.items() if k not in ("metrics", "contamination", "gain", "against")}
     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items()))
     for name, found in row.get("metrics", {}).items():
         print(f"  {name:18} {_interval(found)}  {found['definition']}")
     if "gain" in row:
-        print(f"  {'gain':18} {_interval(row['gain'])}  {row['gain'].get('metric', '')}, over the other model, paired")
+        metric, other = row["gain"].get("metric", "accuracy"), row["against"]
+        print(f"  {'the other model':18} {_interval(other['metrics'][metric])}  {metric} of {other['model']}")
+        print(f"  {'gain':18} {_interval(row['gain'])}  {metric}, over the other model, paired")
     if found := row.get("contamination"):
         print(f"  {found['tokens']:.1%} of the tokens, {found['touched']:.1%} of the questions are in the shards")
         for name, part in found["subsets"].items():

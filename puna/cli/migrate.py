@@ -32,6 +32,7 @@ def migrate(
     if output is not None and output.exists():
         raise UsageError("exists already", where=output, fix="another file name")
     page = migrated(file, nproc)
+    load("sft", None, page.given())  # what cannot be is told before a file is written
     for key, why in page.lost.items():
         log.warning("not carried over: %s: %s", key, why)
     text = written(page, file.name, str(output or "FILE"))
@@ -40,5 +41,4 @@ def migrate(
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, text)
-    load("sft", output)
     print(output)

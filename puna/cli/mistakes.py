@@ -49,8 +49,12 @@ def _refused(error: Any) -> UsageError:
     context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
     verb = context.command_path if context else "puna"
     if hasattr(error, "possibilities"):
-        known = [name for p in context.command.params for name in p.opts] if context else []
-        what = f"no option `{error.option_name}`" + nearest(error.option_name, known)
+        options = context.command.params if context else []
+        near = nearest(error.option_name, [name for option in options for name in option.opts])
+        what = f"no option `{error.option_name}`{near}"
+        if not near and any(option.name == "words" for option in options):
+            fix = f"{error.option_name.lstrip('-')}=VALUE, without dashes, if it is a key of the config; or {verb} -h"
+            return UsageError(what, where=verb, fix=fix)
     elif parameter is not None:
         name = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar or parameter.name
         what = f"`{name}`: {_small(error.message)}" if error.message else f"{name} is missing"

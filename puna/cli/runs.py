@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from puna.cli.compare_runs import compare_runs
+from puna.cli.compare_runs import compare_runs, told
 from puna.cli.mistakes import Verbs
 from puna.cli.output import Json, number, print_fields, print_json, print_table
 from puna.cli.plot_runs import plot_runs
@@ -40,6 +40,10 @@ def ls_runs(
         from puna.config import nearest
 
         raise UsageError(f"no order `{sort}`" + nearest(sort, _ORDERS), fix=", ".join(_ORDERS))
+    if not where.is_dir():
+        from puna.config import nearest_path
+
+        raise UsageError("no such folder" + nearest_path(where), where=where, fix="puna runs ls")
     print_runs(list_runs(where, sort), as_json, where)
 
 
@@ -84,7 +88,7 @@ def show_run(
         return
     print_fields(_fields(run), False)
     if validations := run.validations:
-        keys = [k for k in dict.fromkeys(k for row in validations for k in row) if _told(k)]
+        keys = [k for k in dict.fromkeys(k for row in validations for k in row) if told(k)]
         print()
         kept = validations if len(validations) <= 12 else [*validations[:2], *validations[-10:]]
         names = [k.replace("_", " ") for k in keys]
@@ -93,10 +97,6 @@ def show_run(
         print()
         cells = [[t["task"], *(_interval(t[k]) for k in ("before", "after", "gain"))] for t in tasks]
         print_table(["task, in percent", "before", "after", "gain, 95 %"], cells)
-
-
-def _told(key: str) -> bool:
-    return key not in ("step", "memory") and not key.startswith("epochs.")
 
 
 def _fields(run: RunView) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -17,8 +17,9 @@ from puna.checkpoint.names import DTYPES
 from puna.checkpoint.quantized import packed_tensors
 from puna.checkpoint.registry import find_model, open_model
 from puna.checkpoint.rounded import rounded
+from puna.config import nearest, nearest_path
 from puna.device import choose_device, choose_dtype
-from puna.errors import UsageError
+from puna.errors import CheckpointError, UsageError
 from puna.files import as_path, atomic_folder
 from puna.infer.cache.paged_cache import PagedCache
 from puna.infer.engine import Engine
@@ -39,6 +40,8 @@ from puna.quant.quantize import put
 from puna.tokenizer.chat.format import ChatFormat
 from puna.tokenizer.chat.messages import Message, Tool
 from puna.tokenizer.tokenizer import Tokenizer
+
+_SAMPLING = [each.name for each in fields(Sampling) if each.name not in ("max_tokens", "stop_ids")]
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,6 +169,10 @@ class Llama:
             adapter: a LoRA directory or a run that made one, for these prompts; it stays loaded until
                 `engine.remove_adapter`.
         """
+        for key in sampling:
+            if key not in _SAMPLING:
+                fix = ", ".join(("max_tokens", "speculate", "adapter", *_SAMPLING))
+                raise UsageError(f"no sampling option `{key}`{nearest(key, _SAMPLING)}", fix=fix)
         options = Sampling(max_tokens, stop_ids=tuple(self.stop_ids), **sampling)
         name = None if adapter is None else self._adapter(adapter)
         seeds = range(options.seed, options.seed + len(prompts) * options.n, options.n)
@@ -210,6 +217,12 @@ class Llama:
             return Lookup()
         if by == "self":
             return SelfDraft(packed_copy(self.model), self.model)
+        try:
+            find_model(by)
+        except CheckpointError as error:
+            near = nearest(by, ["lookup", "self"])
+            fix = "lookup, self, or a smaller model with this tokenizer"
+            raise CheckpointError(f"{error.what}{near}", where=f"speculate={by}", fix=fix) from None
         dtype = next(name for name, dtype in DTYPES.items() if dtype == self.model.compute_dtype)
         draft = load(by, dtype, str(next(self.model.parameters()).device), packed="auto")
         if not draft.tokenizer.same_ids(self.tokenizer):
@@ -218,7 +231,15 @@ class Llama:
 
     def _adapter(self, path: str | Path) -> str:
         if (name := str(path)) not in self.engine.adapters.names:
-            self.engine.add_adapter(name, find_model(path))
+            try:
+                found = find_model(path)
+            except CheckpointError as error:
+                near, fix = nearest_path(Path(path)), "a run of `puna run sft`, or a folder with adapter_config.json"
+                raise CheckpointError(f"{error.what}{near}", where=f"adapter={path}", fix=fix) from None
+            if not (found / ADAPTER).exists():
+                fix = f"puna.load({name!r}) of a model; here a folder with {ADAPTER}"
+                raise UsageError("a model, not an adapter", where=f"adapter={path}", fix=fix)
+            self.engine.add_adapter(name, found)
         return name
 
     @cached_property

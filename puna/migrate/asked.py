@@ -101,7 +101,10 @@ def read(file: Path) -> Asked:
     if not file.exists():
         fix = "tune cp NAME FILE writes one of torchtune's own configs; then puna migrate FILE"
         raise UsageError("no such torchtune config" + nearest_path(file), where=file, fix=fix)
-    values = plain(read_yaml(file))
+    try:
+        values = plain(read_yaml(file))
+    except UsageError as error:
+        raise UsageError(error.what, where=error.where, cause=error.cause, fix="a file that `tune cp` wrote") from None
     return Asked(_filled(values, values, file, ()), file)
 
 

@@ -1,6 +1,7 @@
 """Which model a torchtune config tunes, and what of it: builders, checkpointers, tokenizers, quantizers, teachers."""
 
 from pathlib import PurePosixPath
+from shlex import quote
 
 from puna.errors import UsageError
 from puna.migrate.asked import Asked
@@ -27,10 +28,11 @@ def model(asked: Asked, page: Page) -> None:
     else:
         page.put("lora", None, f"the builder {builder}")
         page.method = f"Full fine-tuning of {builder}"
-        page.lost["dtype of the weights"] = (
-            "torchtune keeps weights and optimizer in bf16, puna in fp32 (about twice the memory, and small steps are "
-            "not rounded away); train.optimizer.kind: adamw8bit takes most of it back; puna plan tells how much"
-        )
+        if asked.values.get("dtype", "bf16") == "bf16":
+            page.lost["dtype of the weights"] = (
+                "torchtune keeps weights and optimizer in bf16, puna in fp32 (about twice the memory, and small steps "
+                "are not rounded away); train.optimizer.kind: adamw8bit takes most of it back; puna plan tells how much"
+            )
     if asked.take("model.tie_word_embeddings") is not None:
         page.same.append("tie_word_embeddings as the weights have it")
 
@@ -54,7 +56,7 @@ def _adapters(asked: Asked, page: Page) -> None:
     else:
         output = page.given()["output"]
         page.after["The whole model, which torchtune wrote beside the adapter:"] = (
-            f"puna merge {output} {output}-merged"
+            f"puna merge {quote(str(output))} {quote(f'{output}-merged')}"
         )
 
 
@@ -120,13 +122,18 @@ def quantizer(asked: Asked, page: Page) -> None:
     if scheme == "int4" and group == 256:
         page.lost["quantizer.groupsize"], group = "256: puna's int4 has groups of 32, 64 or 128", 128
     page.put("qat.group", group, "quantizer.groupsize")
+    if "lora.rank" in page.given():
+        page.lost["quantizer beside an adapter"] = (
+            "torchtune rounds the frozen base alone; puna rounds base and adapter as the one weight they are merged to"
+        )
     if page.given().get("lora.dropout"):
         page.lost["model.lora_dropout"] = "base and adapter are rounded as one weight, with one input to both"
         page.put("lora.dropout", 0.0, "not under qat")
     page.method = page.method.replace("Full fine-tuning", "QAT").replace("LoRA", "QAT with LoRA")
     output = page.given()["output"]
     source = f"{output}-merged" if page.given().get("lora", "") is not None else output
-    command = f"puna quantize {source} {output}-{scheme} --scheme {scheme} --group {group}"
+    target = quote(f"{output}-{scheme}")
+    command = f"puna quantize {quote(str(source))} {target} --scheme {scheme} --group {group}"
     page.after["What was trained for:"] = command
     for key in ("fake_quant_after_n_steps", "quantizer.precision", "quantizer.scales_precision"):
         if (value := asked.take(key)) is not None:

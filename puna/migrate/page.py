@@ -5,6 +5,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import Any
 
 DEFAULT = "torchtune's default"
@@ -105,7 +106,7 @@ def written(page: Page, source: str, target: str) -> str:
     """The page as a YAML file."""
     nproc = f" --nproc {page.ranks}" if page.ranks > 1 else ""
     lines = [f"# {page.method}, from torchtune's {source} by `puna migrate`.", "#"]
-    commands = {**page.before, "To train:": f"puna run sft --config {target}{nproc}", **page.after}
+    commands = {**page.before, "To train:": f"puna run sft --config {quote(target)}{nproc}", **page.after}
     for why, command in commands.items():
         lines += [f"# {why}", f"#   {command}"]
     lines.append("#")

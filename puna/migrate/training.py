@@ -25,7 +25,11 @@ def optimizer(asked: Asked, page: Page) -> None:
             f"puna has no optimizer `{kind}`", where=asked.where, cause="its learning rate would mean something else",
             fix="optimizer._component_: torch.optim.AdamW, with a rate for it",
         )  # fmt: skip
-    page.put("train.optimizer.kind", _OPTIMIZERS[kind], f"optimizer: {asked.component('optimizer')}")
+    ours = _OPTIMIZERS[kind]
+    if ours == "adamw8bit" and page.ranks > 1:
+        page.lost["optimizer (8-bit)"] = f"on {page.ranks} devices puna has adamw, whose moments they divide"
+        ours = "adamw"
+    page.put("train.optimizer.kind", ours, f"optimizer: {asked.component('optimizer')}")
     if kind.startswith("Paged"):
         page.lost["optimizer (paged)"] = "its state does not move to the CPU when a card is full"
     for key, default in {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}.items():
@@ -73,6 +77,9 @@ def _clipping(asked: Asked, page: Page) -> None:
             raise UsageError(
                 "optimizer_in_bwd takes no accumulation or clipping", where=asked.where, cause=cause, fix=fix
             )
+        if page.ranks > 1:
+            page.lost["optimizer_in_bwd"] = f"on {page.ranks} devices, which divide the gradients, puna does without"
+            return
         page.put("train.optimizer.in_backward", True, "optimizer_in_bwd")
         page.put("train.skip_budget", 0, "optimizer_in_bwd")
 
@@ -84,6 +91,10 @@ def length(asked: Asked, page: Page) -> None:
         page.put("epochs", epochs, "epochs")
     else:
         page.put("steps", most * epochs, "max_steps_per_epoch x epochs")
+        page.lost["max_steps_per_epoch"] = (
+            f"an epoch of fewer than {most} steps would have ended by itself; where the rows are few, "
+            f"epochs: {epochs} in place of steps"
+        )
     seed = asked.take("seed")
     page.put("seed", 0 if seed is None else seed, "torchtune drew one" if seed is None else "seed")
     save_every = asked.take("save_every_n_steps")

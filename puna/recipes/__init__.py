@@ -73,7 +73,8 @@ def recipe_of(file: Path) -> str:
 def load(recipe: str, config: str | Path | None = None, given: Mapping[str, Any] | None = None) -> Config:
     """The recipe's config from a shipped or own file (none: its defaults) and values over it, dotted keys."""
     if recipe not in RECIPES:
-        raise UsageError(f"no recipe `{recipe}`" + nearest(recipe, list(RECIPES)), fix="puna ls recipes")
+        fix = f"puna run {recipe_of(config_file(recipe))} --config {recipe}" if recipe in CONFIGS else "puna ls recipes"
+        raise UsageError(f"no recipe `{recipe}`" + nearest(recipe, list(RECIPES)), fix=fix)
     file = config_file(str(config)) if config is not None else None
     if file is not None and "recipe" in read_yaml(file) and (named := recipe_of(file)) != recipe:
         raise UsageError(

@@ -1,5 +1,6 @@
 """report.html of a run, from the files in its folder alone."""
 
+import shlex
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -10,7 +11,6 @@ from puna.config import read_yaml
 from puna.lineage import parents_of
 from puna.log import Metrics, clock
 from puna.report import Facts, Report, Samples, Section, Table, write_report
-from puna.run_folder import environment
 from puna.runs import RunView, flat, read_json, read_run
 
 _LOSSES = {"valid_loss": "held-out conversations", "watched_loss": "conversations of another kind"}
@@ -25,7 +25,9 @@ _OF_A_STEP = {"step", "loss", "lr", "grad_norm", "n", "tokens", "tok_s", "second
 def write_run_report(folder: Path, target: Path | None = None) -> Path:
     """Curves, samples, before and after, what it was made from, what it ran on; of a run as it stands."""
     target = target or folder / "report.html"
-    sections = [*run_sections(folder), Facts("Ran on", facts(environment()))]
+    ran_on = read_json(folder / "env.json")
+    ran_on["command"] = shlex.join(ran_on.get("command", []))
+    sections = [*run_sections(folder), Facts("Ran on", facts(ran_on))]
     write_report(target, Report(f"{read_run(folder).recipe}: {folder}", summary(folder), sections))
     return target
 
