@@ -87,7 +87,7 @@ def test_a_compiler_leaves_packed_products_alone(monkeypatch: pytest.MonkeyPatch
     expected, _ = steps(packed("nf4", torch.float32), lora, torch.float32, 2)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model = packed("nf4", torch.float32)
-    assert compile_blocks(model)
+    assert compile_blocks(model, packed_layers(model).values())
     losses, _ = steps(model, lora, torch.float32, 2)
     assert losses == pytest.approx(expected, rel=1e-5)
     assert not [each for each in recwarn if "Dynamo" in str(each.message)]

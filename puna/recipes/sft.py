@@ -24,6 +24,7 @@ from puna.infer.llama import Llama
 from puna.infer.rehearsal import rehearsal
 from puna.lineage import lineage, parent
 from puna.log import clock, harmless, log
+from puna.ops.packed_layers import packed_layers
 from puna.ranks import rank
 from puna.run_folder import Forecast, Run
 from puna.tokenizer.chat.format import Encoded, has_template
@@ -131,7 +132,7 @@ def main(config: Config, objective: Objective | None = None, forecast: Forecast 
             run.samples.rewind(-1)  # of a start that was cut short
             run.metrics.write(step=0, **evaluate(llama.model, 0))
         if config.compile:
-            compile_blocks(llama.model)
+            compile_blocks(llama.model, packed_layers(llama.model).values())
         checkpoint_blocks(llama.model, config.train.checkpoint_activations, config.train.offload_activations)
         shard(llama.model)
         # Of dropout: what was drawn until here differs between a start and a resume.

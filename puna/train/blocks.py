@@ -1,11 +1,11 @@
 """What training does to the blocks of a model: compile them, or keep less of them and compute it again."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -13,22 +13,24 @@ from puna.device import compile_problem
 from puna.log import log
 from puna.model.cache import Cache
 from puna.model.transformer import Block, Transformer
-from puna.ops.packed_layers import packed_layers
 
 Checkpointed = Literal["none", "selective", "full"]
 
 
-def compile_blocks(model: Transformer) -> bool:
+def compile_blocks(model: Transformer, apart: Iterable[nn.Module] = ()) -> bool:
     """Compile what lies before and after attention in every block; without a working compiler all stays eager.
 
     Attention runs on products that no compiler makes faster, and one graph of the whole model takes minutes. The
     first step pays for it: some 20 to 40 s on two cores, a few when the cache of the last time is there.
+
+    Args:
+        apart: layers that stay as they are: packed ones call native kernels, which the compiler tries to look into.
     """
     if problem := compile_problem():
         log.warning("no torch.compile here, training eagerly: %s", problem)
         return False
-    for packed in packed_layers(model).values():  # calls of the native kernels, which the compiler tries to look into
-        packed.forward = torch.compiler.disable(packed.forward)  # type: ignore[method-assign]
+    for module in apart:
+        module.forward = torch.compiler.disable(module.forward)
     for layer in model.layers:
         assert isinstance(layer, Block)
         layer.before, layer.after = _in_training(layer.before), _in_training(layer.after)  # type: ignore[method-assign]
