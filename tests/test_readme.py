@@ -69,7 +69,7 @@ RUN: dict[str, list[str]] = {
     "puna quantize my-model small --scheme int4": ["--text", "held_out.txt", "--scheme", "int8"],  # as its rows are 16
     "puna inspect my-model": [],
     "puna convert my-model my-model.gguf --kind Q8_0": ["--kind", "F16"],  # rows of 16 have no blocks of 32
-    "puna convert my-model.gguf back --to hf": [],
+    "puna convert my-model.gguf back": [],
     "puna run sft model=my-model data.path=rows.jsonl output=runs/kd distill.teacher=back": [*TUNE, *SHORT],
     "puna eval my-model --tasks piqa --data questions --against back --output answers": [],
     "puna convert back for-meta --to meta --shards 3": ["--shards", "1"],
