@@ -11,7 +11,7 @@ from torch import Tensor
 
 from puna.ops.nibbles import pack_nibbles
 from puna.ops.packed import SCALE_BLOCK, Packed
-from puna.quant.dynamic import dynamic_table
+from puna.quant.dynamic import dynamic_table, table_on
 from puna.quant.rounding import check_finite
 
 BLOCK = 64
@@ -51,9 +51,7 @@ def with_nested_scales(packed: Packed) -> Packed:
     scaled = (blocks * (1 / most.clamp(min=_LEAST))[:, None]).clamp(-1, 1)
     codes = _code_of_each_place().to(scales.device)[((scaled + 1) * _HALF + 0.5).int()]
     laid = torch.where(most[:, None] > 0, codes, 0).flatten()[: len(scales)].view_as(packed.scales).contiguous()
-    return replace(
-        packed, scales=laid, scale_table=dynamic_table().to(scales.device), scale_max=most, scale_offset=offset
-    )
+    return replace(packed, scales=laid, scale_table=table_on(True, scales.device), scale_max=most, scale_offset=offset)
 
 
 @cache
