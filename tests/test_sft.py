@@ -26,6 +26,7 @@ from puna.infer.rehearsal import rehearsal
 from puna.infer.request import Completion, Result
 from puna.log import Metrics
 from puna.lora import lora_parameters
+from puna.recipes import load as recipes_load
 from puna.recipes import run, sft
 from puna.tokenizer.chat.format import bundled
 from puna.tokenizer.decoding import Stream
@@ -488,3 +489,10 @@ def test_rungs_that_do_not_fit_are_refused_before_loading(rows: Path, base: Path
         with pytest.raises(UsageError, match=name):
             tune(base, rows, tmp_path / name.replace(" ", "-"), **words)
     assert not (tmp_path / "in_backward").exists()  # nor were the rows read, which may take hours
+
+
+def test_steps_that_are_typed_win_over_a_file_s_epochs(tmp_path: Path) -> None:
+    """Every shipped config sets epochs: the first try of a few steps was refused."""
+    (tmp_path / "mine.yaml").write_text("recipe: sft\nepochs: 2\n", encoding="utf-8")
+    assert recipes_load("sft", tmp_path / "mine.yaml", {"steps": 3}).epochs is None  # type: ignore[attr-defined]
+    assert recipes_load("sft", tmp_path / "mine.yaml", {"steps": 3, "epochs": 1}).epochs == 1  # type: ignore[attr-defined]

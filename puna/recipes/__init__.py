@@ -82,7 +82,13 @@ def load(recipe: str, config: str | Path | None = None, given: Mapping[str, Any]
             where=file,
             fix=f"puna run {named} --config {config}",
         )
-    return load_config(config_type(recipe), file, given)
+    return load_config(config_type(recipe), file, _over(given or {}, file))
+
+
+def _over(given: Mapping[str, Any], file: Path | None) -> dict[str, Any]:
+    """The values, with the file's epochs or seconds taken back where steps are given: what is typed wins."""
+    told = read_yaml(file) if file and "steps" in given else {}
+    return {**{limit: None for limit in ("epochs", "seconds") if told.get(limit) is not None}, **given}
 
 
 def run(
