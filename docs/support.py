@@ -77,9 +77,9 @@ OPTIMIZERS = {
     f"resume, {name}{', LoRA' if lora else ''}": Check(
         f"resume-{kind}-{lora}", "stopped and resumed = straight", _resumed(kind, lora), exact, "moments"
     )
-    for name, kind in (("AdamW", "adamw"), ("Muon", "muon"))
+    for name, kind in (("AdamW", "adamw"), ("8-bit AdamW", "adamw8bit"), ("Muon", "muon"))
     for lora in (False, True)
-    if (kind, lora) != ("muon", True)
+    if not (lora and kind != "adamw")
 }
 CHECKED = {c.name: c for c in CHECKS}
 LEFT_OUT = ("round-trip", "control", "bos", "mask", "stop", "prompt", "labels", "positions", "clipping", "decay",
