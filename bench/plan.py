@@ -24,7 +24,7 @@ from puna.checkpoint.registry import load_tokenizer
 from puna.log import setup_logging
 from puna.model.config import ModelConfig
 from puna.model.init import build_model, init_weights, materialize
-from puna.planner.memory import FLOOR, HOLES, fullest
+from puna.planner.memory import FLOOR, HEADS, HOLES, fullest
 from puna.planner.work import know, work_of
 from puna.recipes import load, run
 
@@ -70,7 +70,7 @@ def main() -> None:
     for kind in ("calibrated", "tested"):
         if errors := [abs(row["error"]) for row in rows if row["grid"] == kind]:
             print(f"{kind}: largest error {max(errors):.1%}, mean {sum(errors) / len(errors):.1%}")
-    print(f"floor {FLOOR['cpu'] / 1e6:.0f} MB, holes {HOLES['cpu']:.2f}")
+    print(f"floor {FLOOR['cpu'] / 1e6:.0f} MB, holes {HOLES['cpu']:.2f}, heads {HEADS['cpu']:.1f}")
 
 
 def prepare(folder: Path) -> None:

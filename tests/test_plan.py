@@ -240,6 +240,16 @@ def test_presets_are_planned_without_weights() -> None:
     assert small == pytest.approx(5.7e9, rel=0.02)
 
 
+def test_pretraining_is_planned_with_and_without_shards(shards: Path, tmp_path: Path) -> None:
+    """The vocabulary decides half of a small model: it is the shards', or said to be assumed."""
+    words: dict[str, Any] = {"device": "cpu", "dtype": "fp32"}
+    with_shards = puna.plan("pretrain", data=str(shards), **words)
+    without = puna.plan("pretrain", data=str(tmp_path / "none"), **words)
+    assert with_shards.memory["weights"] < without.memory["weights"]
+    assert not with_shards.notes
+    assert "no shards" in without.notes[0]
+
+
 def test_a_run_tells_its_forecast_and_survives_a_bad_one(
     model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

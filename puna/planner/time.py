@@ -10,7 +10,7 @@ import torch
 from puna.ops.blocked_attention import KEEP
 from puna.planner.work import Weight, Work
 
-EFFICIENCY = {"cpu": 0.55, "cuda": 0.45, "mps": 0.4}
+EFFICIENCY = {"cpu": 0.6, "cuda": 0.45, "mps": 0.4}
 """Share of the rate of large products that a step reaches; measured by bench/plan.py on a CPU, elsewhere assumed."""
 SPREAD = 0.3
 """How far an estimate may be off either way: neighbours on the machine, its clock, shapes."""
