@@ -55,7 +55,7 @@ def told(plan: Any) -> list[str]:
     if plan.fits:
         return lines
     if plan.change is None:
-        return [*lines, "", "It does not fit, and nothing here makes it: a smaller model, or a larger machine."]
+        return [*lines, "", "It does not fit, and no change here makes it: a smaller model, a larger machine."]
     change = plan.change
     slower = change.seconds / plan.seconds_per_step - 1
     result = f"then {_gb(change.memory)} and {change.seconds:.3g} s a step ({slower:+.0%}); {change.what}"
