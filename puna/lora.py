@@ -114,15 +114,11 @@ class LoraLinear(nn.Module):
         if magnitude is None:
             return None
         with torch.no_grad():
-            norm = self._sum().norm(dim=1)
-        return magnitude.to(norm.dtype) / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # a row of zeros stays one
+            whole = self._sum()
+        return dora_stretch(magnitude, whole)
 
     def _sum(self) -> Tensor:
-        """W + s B A, (out, in)."""
-        base = self.base.weight  # once: a packed one is dequantized each time
-        wide = torch.promote_types(base.dtype, torch.float32)
-        delta = self.lora_B.weight.to(wide) @ self.lora_A.weight.to(wide)
-        return base.to(wide) + self.scale * delta
+        return with_low_rank(self.base.weight, self.lora_A.weight, self.lora_B.weight, self.scale)
 
     @property
     def weight(self) -> Tensor:
@@ -137,6 +133,18 @@ class LoraLinear(nn.Module):
                 fix="lora.dropout=0, or lora.targets without lm_head",
             )  # fmt: skip
         return self.full_weight()
+
+
+def with_low_rank(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """W + s B A, (out, in), in fp32 at least."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(wide) + scale * (b.to(wide) @ a.to(wide))
+
+
+def dora_stretch(magnitude: Tensor, weight: Tensor) -> Tensor:
+    """DoRA's m / ||W + s B A|| of each row (Liu et al. 2024, equation 5): (out,), of the whole `weight`."""
+    norm = weight.norm(dim=1)
+    return magnitude.to(norm.dtype) / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # a row of zeros stays one
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:

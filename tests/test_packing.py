@@ -333,14 +333,31 @@ def test_a_young_file_is_not_remembered(
     assert find(moved, encoding, tmp_path / "cache").folder == folder
 
 
+def test_what_was_selected_is_kept_with_the_rows(
+    file: Path, encoding: Encoding, large: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose rows lie ready would have to read all data again to tell what was dropped, or would not tell."""
+    file.write_text(file.read_text() * 2)
+    rules = {"select": {"duplicates": True}}
+    wanted = (120, 60, {"duplicates": 60})
+    first = find(file, encoding, tmp_path / "cache", **rules).selection
+    assert (first["read"], first["kept"], first["dropped"]) == wanted
+    with monkeypatch.context() as context:
+        context.setattr(row_cache, "read_conversations", lambda *_: pytest.fail("the data was read again"))
+        assert find(file, encoding, tmp_path / "cache", **rules).selection == first
+    monkeypatch.setattr(row_cache, "SMALL", 1_000_000)
+    assert find(file, encoding, tmp_path / "other", **rules).selection == first
+    assert find(file, encoding, tmp_path / "other").selection == {}
+
+
 def test_data_that_changes_while_it_is_read_is_not_kept(
     file: Path, encoding: Encoding, large: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the old file and half of the new under the hash of one of them."""
     read = row_cache.read_conversations
 
-    def meanwhile(source: ChatSource) -> Iterator[Conversation]:
-        for number, conversation in enumerate(read(source)):
+    def meanwhile(source: ChatSource, report: dict[str, Any] | None = None) -> Iterator[Conversation]:
+        for number, conversation in enumerate(read(source, report)):
             if number == 30:
                 os.utime(file)
             yield conversation

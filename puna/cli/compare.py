@@ -1,14 +1,11 @@
 """`puna verify A --against B`: the table, and how it ends."""
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
-from puna.cli.output import print_json
+from puna.cli.output import print_json, wrapped
 from puna.errors import DataError
-from puna.log import harmless
 
-_WIDTH = 80
 _MARKS = {True: "ok", False: "BAD", None: "--"}
 
 
@@ -29,21 +26,16 @@ def _table(found: dict[str, Any]) -> list[str]:
     lines = []
     for side in ("a", "b"):
         told = found[side]
-        lines += _wrapped(f"{side.upper()}  ", f"{told['name']}  ({told['format']}, {told['storage']})")
+        lines += wrapped(f"{side.upper()}  ", f"{told['name']}  ({told['format']}, {told['storage']})")
     lines.append("")
     width = max(len(row["name"]) for row in found["rows"])
     for row in found["rows"]:
-        lines += _wrapped(f"{_MARKS[row['ok']]:3}  {row['name']:{width}}  ", row["told"])
+        lines += wrapped(f"{_MARKS[row['ok']]:3}  {row['name']:{width}}  ", row["told"])
     bad = [row["name"] for row in found["rows"] if row["ok"] is False]
     verdict = f"they differ: {', '.join(bad)}; beyond" if bad else "within"
-    lines += ["", *_wrapped("", f"{verdict} the budget for {found['budget']['kind']}")]
+    lines += ["", *wrapped("", f"{verdict} the budget for {found['budget']['kind']}")]
     unjudged = any(row["ok"] is None for row in found["rows"])
     return [*lines, *[f"{_MARKS[None]}: worth knowing, not judged"] * unjudged]
-
-
-def _wrapped(head: str, text: str) -> list[str]:
-    room = _WIDTH - len(head)
-    return textwrap.wrap(harmless(text), _WIDTH, initial_indent=head, subsequent_indent=" " * min(len(head), room))
 
 
 def read_text(path: Path) -> str:

@@ -89,13 +89,16 @@ def _settings(config: str, words: list[str]) -> Any:
     """The values of a config that reads conversations."""
     from puna.config import parse_words
     from puna.recipes import config_file, load, recipe_of
+    from puna.tune.model import check_tuned
 
     recipe = recipe_of(config_file(config))
     if recipe != "sft":
         raise UsageError(
             f"a config for {recipe} has no conversations", where=config, fix="a folder of shards, or an sft config"
         )
-    return load(recipe, config, parse_words(words))
+    settings: Any = load(recipe, config, parse_words(words))
+    check_tuned(settings)
+    return settings
 
 
 def pack_data(

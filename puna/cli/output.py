@@ -14,6 +14,12 @@ from puna.log import harmless
 Json = typer.Option(False, "--json", help="Print JSON.")
 
 
+def wrapped(head: str, text: str, width: int = 80) -> list[str]:
+    """Lines of a text behind a head, and under itself."""
+    indent = " " * min(len(head), width - len(head))
+    return textwrap.wrap(harmless(text), width, initial_indent=head, subsequent_indent=indent)
+
+
 def print_json(value: Any) -> None:
     json.dump(value, sys.stdout, indent=2, ensure_ascii=False, default=str)
     print()

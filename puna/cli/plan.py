@@ -1,16 +1,14 @@
 """`puna plan CONFIG`: memory by class, time, and what to change where it does not fit. Exit code 6 if it does not."""
 
 import sys
-import textwrap
 from typing import Annotated, Any
 
 import typer
 
 from puna.cli.configs import ConfigName, Words
-from puna.cli.output import Json, print_json
+from puna.cli.output import Json, print_json, wrapped
 from puna.errors import ResourceError
 
-_WIDTH = 80
 _ABOUT = {
     "weights": "as they lie in memory",
     "adapters": "fp32",
@@ -47,11 +45,11 @@ def told(plan: Any) -> list[str]:
     lines = [f"{name:12} {_gb(size):>10}  {_ABOUT[name]}" for name, size in plan.memory.items() if size]
     each = " on each rank" if plan.ranks > 1 else ""
     has = f", of {_gb(plan.has)} free" if plan.has is not None else ""
-    lines += _wrapped(f"{'in all':12} {_gb(plan.total):>10}  ", f"at its fullest, {plan.when}{each}{has}")
+    lines += wrapped(f"{'in all':12} {_gb(plan.total):>10}  ", f"at its fullest, {plan.when}{each}{has}")
     low, high = (_clock(plan.seconds * (1 + sign * plan.spread)) for sign in (-1, 1))
     step = f"{plan.seconds_per_step:.3g} s a step, {plan.steps:,} steps: {low} to {high}"
-    lines += ["", *_wrapped("time         ", f"about {step}, without validations and checkpoints")]
-    lines += [line for note in plan.notes for line in _wrapped("note         ", note)]
+    lines += ["", *wrapped("time         ", f"about {step}, without validations and checkpoints")]
+    lines += [line for note in plan.notes for line in wrapped("note         ", note)]
     if plan.fits:
         return lines
     if plan.change is None:
@@ -60,7 +58,7 @@ def told(plan: Any) -> list[str]:
     slower = change.seconds / plan.seconds_per_step - 1
     result = f"then {_gb(change.memory)} and {change.seconds:.3g} s a step ({slower:+.0%}); {change.what}"
     words = [f"  {word}" for word in change.words]
-    return [*lines, "", "It does not fit. The cheapest change that does, to type:", *words, *_wrapped("  ", result)]
+    return [*lines, "", "It does not fit. The cheapest change that does, to type:", *words, *wrapped("  ", result)]
 
 
 def _gb(size: float) -> str:
@@ -71,7 +69,3 @@ def _clock(seconds: float) -> str:
     from puna.log import clock
 
     return clock(seconds) if seconds < 48 * 3600 else f"{seconds / 86400:,.0f} days"
-
-
-def _wrapped(head: str, text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head))

@@ -26,6 +26,8 @@ from puna.data.conversations import ChatSource, files_of, read_conversations
 from puna.data.dialogues import DIALOGUES
 from puna.data.encode import Chunk, Encoding, tell
 from puna.data.encoders import encode_in_order
+from puna.data.quality.config import SelectConfig
+from puna.data.quality.select import told
 from puna.data.rows import Rows, RowWriter
 from puna.errors import CheckpointError, DataError
 from puna.files import atomic_folder, hash_file, make_folder, verify, write_json
@@ -52,13 +54,16 @@ def find_rows(source: ChatSource, encoding: Encoding, folder: Path, workers: int
         return kept
     before = _signatures(source)
     started = time.perf_counter()
-    chunks = encode_in_order(read_conversations(source), encoding, workers)
+    selection: dict[str, Any] = {}  # whole once all are read
+    report = selection if source.select != SelectConfig() else None
+    chunks = encode_in_order(read_conversations(source, report), encoding, workers)
     with contextlib.closing(chunks), Progress("conversations", None) as progress:
         counted = _counted(chunks, progress)
         first = _first(counted)
         following = next(counted, None)
         if following is None:
             rows = Rows.joining(first)
+            rows.selection = selection
             tell(_fates(rows), len(rows), encoding.seq_len)
             return rows
         key = _key(source, encoding, folder, read=True)
@@ -70,7 +75,8 @@ def find_rows(source: ChatSource, encoding: Encoding, folder: Path, workers: int
                 writer = RowWriter(temporary, encoding.chat.tokenizer.vocab_size)
                 for chunk in chain(first, [following], counted):
                     writer.add(chunk)
-                writer.close({"data": source.model_dump(mode="json"), "template": encoding.chat.source})
+                made_from = {"data": source.model_dump(mode="json"), "template": encoding.chat.source}
+                writer.close({**made_from, "selection": selection})
                 if _signatures(source) != before:
                     raise DataError("changed while it was read", where=source.path or "", fix="run it again")
     rows = Rows.open(folder / key)
@@ -122,6 +128,8 @@ def _kept(folder: Path) -> Rows | None:
         shutil.rmtree(folder, ignore_errors=True)
         return None
     log.info("%s encoded rows found in %s", f"{len(rows):,}", folder)
+    if rows.selection:
+        log.info("%s", told(rows.selection))
     return rows
 
 

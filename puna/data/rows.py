@@ -43,11 +43,14 @@ class Rows(Sequence[Encoded]):
         fingerprint: str,
         counts: Mapping[str, int] | None = None,
         folder: Path | None = None,
+        selection: Mapping[str, Any] | None = None,
     ):
         self.stores, self.entries, self.names, self.fingerprint = list(stores), entries, list(names), fingerprint
         self.counts = dict(counts or {})
         """Of the conversations encoded: how many stayed whole, were cut, were dropped; and ids trained."""
         self.folder = folder
+        self.selection = dict(selection or {})
+        """What `select` kept and dropped of the conversations; empty where it drops nothing."""
 
     @classmethod
     def of(cls, rows: Sequence[Encoded], source: str = "") -> "Rows":
@@ -78,7 +81,8 @@ class Rows(Sequence[Encoded]):
             ids = _mapped(folder / "ids.bin", np.dtype(index["dtype"]).newbyteorder("<"), index["ids"])
             trained = _mapped(folder / "trained.bin", np.dtype("u1"), -(-index["ids"] // 8))
             entries = _mapped(folder / "rows.bin", ENTRY, index["rows"])
-            return cls([Store(ids, trained)], entries, index["names"], index["fingerprint"], index["counts"], folder)
+            told = index["names"], index["fingerprint"], index["counts"]
+            return cls([Store(ids, trained)], entries, *told, folder, index["made_from"]["selection"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"no encoded rows: {error}", where=folder, cause="damage", fix="remove it") from None
 

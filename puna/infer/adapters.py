@@ -19,7 +19,7 @@ from puna.checkpoint.adapter import adapter_config, embedding_rows, quantized_ba
 from puna.config import nearest
 from puna.errors import UsageError
 from puna.log import log
-from puna.lora import LoraLinear
+from puna.lora import LoraLinear, dora_stretch, with_low_rank
 from puna.model.transformer import Transformer
 from puna.ops.packed_layers import PackedLinear, packed_layers
 
@@ -133,7 +133,11 @@ class Adapters:
             a, b = (tensors[f"{name}.lora_{part}.weight"].to(device) for part in "AB")
             stretch = None
             if config.dora:
-                stretch = _stretch(self.model.get_submodule(name), a, scale * b, tensors, name).to(device, dtype)
+                base = self.model.get_submodule(name)
+                assert isinstance(base, nn.Linear | PackedLinear)
+                magnitude = tensors[f"{name}.lora_magnitude_vector"].to(device)
+                # Of the base as it is now: one that is trained on needs `add` again.
+                stretch = dora_stretch(magnitude, with_low_rank(base.weight, a, b, scale)).to(dtype)
             layers[name] = LowRank(a.to(dtype), (scale * b).to(dtype), stretch)
         return layers
 
@@ -154,15 +158,3 @@ def _grouped(rows: Iterable[tuple[str | None, int]]) -> Iterator[tuple[int, int,
         if name is not None:
             yield first, first + count, name
         first += count
-
-
-def _stretch(base: nn.Module, a: Tensor, b: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """DoRA's m / ||W + B A|| of each row (Liu et al. 2024), as of now: a base that is trained on needs `add` again.
-
-    W of a packed layer is what it was while the adapter was trained: dequantized.
-    """
-    assert isinstance(base, nn.Linear | PackedLinear)
-    magnitude, weight = tensors[f"{name}.lora_magnitude_vector"].to(a.device), base.weight
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    norm = (weight.to(wide) + b.to(wide) @ a.to(wide)).norm(dim=1)
-    return magnitude.to(wide) / norm.clamp(min=torch.finfo(wide).tiny)

@@ -72,29 +72,22 @@ def _usable(model: Transformer, tokens: Tensor, cache: object) -> "tuple[Native,
         return None
     if cache.keys.dtype != model.compute_dtype or model.config.head_dim % 32 or not takes(cache.keys):
         return None
-    kernels, weights = native(), _weights(model)
-    if kernels is None or weights is None:
+    if (kernels := native()) is None or (weights := _weights(model)) is None:
         return None
-    many = kernels.wide and cache.keys.dtype == torch.bfloat16 and _half(weights)
-    return (kernels, weights) if many or tokens.numel() <= FEW_TOKENS else None
-
-
-def _half(blocks: "ctypes.Array[library.Block]") -> bool:
-    """Whether all weights are bf16."""
-    half = KINDS["bfloat16"]
-    return all(weight.kind == half for b in blocks for weight in (b.q, b.k, b.v, b.o, b.gate, b.up, b.down))
+    many = kernels.wide and cache.keys.dtype == torch.bfloat16 and weights.half
+    return (kernels, weights.blocks) if many or tokens.numel() <= FEW_TOKENS else None
 
 
 # Not on the model: what holds addresses must not be copied with it.
 _known: WeakKeyDictionary[Transformer, "_Weights"] = WeakKeyDictionary()
 
 
-def _weights(model: Transformer) -> "ctypes.Array[library.Block] | None":
-    """The addresses of all weights, taken again when one has moved or a module is another."""
+def _weights(model: Transformer) -> "_Weights | None":
+    """The addresses of all weights, taken again when one has moved or a module is another; None: not the kernels'."""
     known = _known.get(model)
     if known is None or not known.hold():
         known = _known[model] = _Weights(model)
-    return known.blocks
+    return known if known.usable else None
 
 
 class _Weights:
@@ -108,8 +101,10 @@ class _Weights:
         made = [self._block(model.layers, name) for name in model.layers._modules]
         whole = [block for block in made if block is not None]
         self._hooked = any(self._hooks)
-        usable = len(whole) == len(made) and not self._hooked
-        self.blocks = (library.Block * len(whole))(*whole) if usable else None
+        self.usable = len(whole) == len(made) and not self._hooked
+        self.blocks = (library.Block * len(whole))(*whole)
+        self.half = all(weight.kind == KINDS["bfloat16"] for b in whole
+                        for weight in (b.q, b.k, b.v, b.o, b.gate, b.up, b.down))  # fmt: skip
 
     def hold(self) -> bool:
         """Whether every module and tensor is the one that was seen, where it was, and called as it was."""

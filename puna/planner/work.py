@@ -194,8 +194,6 @@ def _keys(length: float) -> float:
 def _adapted(shape: ModelConfig, lora: LoraConfig) -> tuple[dict[str, int], set[str]]:
     """(rank of each adapted weight, names of those that are trained whole), by names without weights."""
     model = build_model(shape)
-    if shape.tie_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
     ranks = {f"{name}.weight": lora.of(name)[0] for name in adapted_layers(model, lora)}
     return ranks, set(whole_parameters(model, lora))
 

@@ -61,10 +61,15 @@ def table_on(signed: bool, device: torch.device) -> Tensor:
 
 def _scaled(values: Tensor) -> tuple[Tensor, Tensor]:
     """(n,) divided by the largest number of their block, and those."""
+    blocks, scales = in_blocks(values)
+    return (blocks / scales.clamp(min=_LEAST)[:, None]).flatten()[: values.numel()], scales
+
+
+def in_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(blocks, BLOCK) of the values, zeros behind the last, and the largest size in each."""
     flat = values.flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-    scales = blocks.abs().amax(1)
-    return (blocks / scales.clamp(min=_LEAST)[:, None]).flatten()[: len(flat)], scales
+    return blocks, blocks.abs().amax(1)
 
 
 @cache

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from puna.ops.nibbles import pack_nibbles
-from puna.ops.packed import SCALE_BLOCK, Packed
-from puna.quant.dynamic import dynamic_table, table_on
+from puna.ops.packed import Packed
+from puna.quant.dynamic import dynamic_table, in_blocks, table_on
 from puna.quant.rounding import check_finite
 
 BLOCK = 64
@@ -46,8 +46,7 @@ def with_nested_scales(packed: Packed) -> Packed:
     """Double quantization (section 3): scales less their mean in 8 bits, 4.13 bits a weight instead of 4.5."""
     scales = packed.scales.float().flatten()
     offset = scales.mean()
-    blocks = torch.nn.functional.pad(scales - offset, (0, -len(scales) % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
-    most = blocks.abs().amax(1)
+    blocks, most = in_blocks(scales - offset)
     scaled = (blocks * (1 / most.clamp(min=_LEAST))[:, None]).clamp(-1, 1)
     codes = _code_of_each_place().to(scales.device)[((scaled + 1) * _HALF + 0.5).int()]
     laid = torch.where(most[:, None] > 0, codes, 0).flatten()[: len(scales)].view_as(packed.scales).contiguous()

@@ -76,19 +76,20 @@ def load(recipe: str, config: str | Path | None = None, given: Mapping[str, Any]
         fix = f"puna run {recipe_of(config_file(recipe))} --config {recipe}" if recipe in CONFIGS else "puna ls recipes"
         raise UsageError(f"no recipe `{recipe}`" + nearest(recipe, list(RECIPES)), fix=fix)
     file = config_file(str(config)) if config is not None else None
-    if file is not None and "recipe" in read_yaml(file) and (named := recipe_of(file)) != recipe:
+    told = read_yaml(file) if file else {}
+    if file is not None and "recipe" in told and (named := recipe_of(file)) != recipe:
         raise UsageError(
             f"this config is for the recipe `{named}`, not `{recipe}`",
             where=file,
             fix=f"puna run {named} --config {config}",
         )
-    return load_config(config_type(recipe), file, _over(given or {}, file))
+    return load_config(config_type(recipe), file, _over(given or {}, told))
 
 
-def _over(given: Mapping[str, Any], file: Path | None) -> dict[str, Any]:
-    """The values, with the file's epochs or seconds taken back where steps are given: what is typed wins."""
-    told = read_yaml(file) if file and "steps" in given else {}
-    return {**{limit: None for limit in ("epochs", "seconds") if told.get(limit) is not None}, **given}
+def _over(given: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with a file's epochs or seconds taken back where steps are given: what is typed wins."""
+    taken_back = [limit for limit in ("epochs", "seconds") if "steps" in given and told.get(limit) is not None]
+    return {**dict.fromkeys(taken_back), **given}
 
 
 def run(

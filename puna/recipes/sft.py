@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from puna.checkpoint.train_state import TrainState
 from puna.config import Config as BaseConfig
 from puna.config import UserPath
 from puna.data.conversations import ChatSource, given, passes
@@ -139,11 +140,7 @@ def main(config: Config, objective: Objective | None = None, forecast: Forecast 
         torch.manual_seed(config.seed + rank())
         saved = partial(save, lineage=made_from)
         state = fit(run, llama.model, batches, minimised, config.train, steps, evaluate, saved)
-        result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
-        if config.train.keep_best:
-            result["kept_step"] = state.kept
-        logged = from_first(lambda: [row for row in run.metrics.read() if row["step"] <= state.kept])
-        result |= {k: row[k] for row in logged for k in held_out if k in row}  # of each loss the last one stays
+        result = _result(config, run, state, list(held_out))
         if config.judge.tasks:
             after = _judge(llama, config.judge.model_copy(update={"shots": 0}))
             result["tasks"] = compare(before, after, config.judge)
@@ -176,6 +173,15 @@ def _evaluate(
         log.info("  %s -> %s", prompt, shorten(harmless(answer).replace("\n", " / "), 100, placeholder=" ..."))
         run.samples.write(step=step, prompt=prompt, text=answer)
     return {name: mean_loss(model, conversations) for name, conversations in held_out.items()}
+
+
+def _result(config: Config, run: Run, state: TrainState, losses: list[str]) -> dict[str, Any]:
+    """How long it took, and each held-out loss of the weights that are kept."""
+    result: dict[str, Any] = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds}
+    if config.train.keep_best:
+        result["kept_step"] = state.kept
+    logged = from_first(lambda: [row for row in run.metrics.read() if row["step"] <= state.kept])
+    return result | {k: row[k] for row in logged for k in losses if k in row}  # of each loss the last one stays
 
 
 def _judge(llama: Llama, config: TaskConfig) -> dict[str, str]:

@@ -139,9 +139,9 @@ def fit(
     """Train `model` in place for `steps` optimizer steps, from the newest checkpoint of `run` if it has one.
 
     A row of a validation has `train_loss`, the mean of the last ten steps (of `cross_entropy`, where an objective tells
-    it beside another loss), and `gap`, valid_loss - train_loss: what
-    grows when a model learns its text by heart. Under a mixture the two are losses on different text, and the gap has
-    an offset of its own: its change tells, not its value.
+    it beside another loss), and `gap`, valid_loss - train_loss: what grows when a model learns its text by heart. Under
+    a mixture the two are losses on different text, and the gap has an offset of its own: its change tells, not its
+    value.
 
     Args:
         model: what transforms made of it; its trainable parameters are optimized.
@@ -218,18 +218,8 @@ def fit(
             lr = learning_rate(state.step, steps, config.optimizer)
             admit = partial(guard.admits, state.step + 1, batches.state_dict())
             micro = [next(batches).to(device) for _ in range(config.accumulate)]
-            optimizer_config = config.optimizer
-            row = train_step(
-                model,
-                optimizer,
-                micro,
-                objective,
-                lr,
-                optimizer_config.clip,
-                admit,
-                optimizer_config.in_backward,
-                halving,
-            )
+            clip, in_backward = config.optimizer.clip, config.optimizer.in_backward
+            row = train_step(model, optimizer, micro, objective, lr, clip, admit, in_backward, halving)
             state.step, state.halvings = state.step + 1, halving.times
             state.tokens += row["n"]
             if math.isfinite(row["loss"]):  # that of a skipped step may not be
@@ -319,7 +309,7 @@ def _backward(
     had added up to then cannot be told from what it should have.
     """
     device = next(model.parameters()).device
-    before = generators(device)
+    before = generators(device) if halving else {}
     while True:
         try:
             sums: dict[str, torch.Tensor] = {}

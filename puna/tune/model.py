@@ -63,8 +63,6 @@ def check_tuned(config: TunedModel) -> None:
     if config.lora is None:
         return
     model = build_model(open_model(config.model).config)  # names without weights
-    if tied := model.config.tie_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
     adapted, trained = adapted_layers(model, config.lora), whole_parameters(model, config.lora)
     if config.qat and "lm_head" in adapted:
         raise UsageError(
@@ -73,7 +71,7 @@ def check_tuned(config: TunedModel) -> None:
         )  # fmt: skip
     if config.quantize and (packed := [n for n, p in trained.items() if n.startswith("layers.") and p.ndim == 2]):
         raise frozen_whole(packed[0].removesuffix(".weight"))
-    ends = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    ends = ["embed_tokens"] if model.config.tie_embeddings else ["embed_tokens", "lm_head"]
     if config.new_tokens and any(f"{name}.weight" not in trained for name in ends):
         raise UsageError(
             "new_tokens under lora: their rows are frozen, and nothing would be learned of them", where="new_tokens",
@@ -99,12 +97,11 @@ def _check_qat(config: TunedModel) -> None:
 
 
 def tuned_tokenizer(config: TunedModel) -> Tokenizer:
-    """The model's tokenizer with the new tokens.
+    """The model's tokenizer with the new tokens, of a config that `check_tuned` lets pass.
 
     Raises:
-        UsageError, DataError: see `check_tuned`; a new token that exists already.
+        UsageError: a new token that exists already.
     """
-    check_tuned(config)
     tokenizer = load_tokenizer(config.model)
     return tokenizer.with_tokens(config.new_tokens) if config.new_tokens else tokenizer
 
@@ -112,10 +109,8 @@ def tuned_tokenizer(config: TunedModel) -> Tokenizer:
 def load_tuned(config: TunedModel, variables: Mapping[str, Any]) -> Llama:
     """The base in the compute dtype under adapters, or in fp32 with that compute dtype to train every weight.
 
-    Raises:
-        UsageError, DataError: see `check_tuned`.
+    Of a config that `check_tuned` lets pass.
     """
-    check_tuned(config)
     dtype = config.dtype if config.lora else "fp32"
     llama = load(config.model, dtype, config.device, variables=variables, quantize=config.quantize)
     if config.new_tokens:

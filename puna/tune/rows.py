@@ -9,12 +9,11 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from puna.config import RecipeConfig, UserPath
-from puna.data.conversations import ChatSource, given, read_conversations
+from puna.data.conversations import ChatSource, given
 from puna.data.encode import Encoding, TooLong
 from puna.data.leaks import tell_leaks
 from puna.data.packing import PackedLoader
 from puna.data.packs import pack_rows
-from puna.data.quality.config import SelectConfig
 from puna.data.row_cache import find_rows
 from puna.data.rows import Rows, split_rows
 from puna.dist.collectives import from_first
@@ -81,7 +80,8 @@ def read_rows(config: ChatRows, tokenizer: Tokenizer, selection: Path) -> tuple[
     apart = encode(config, tokenizer, config.valid)[1] if given(config.valid) else Rows.of([])
     train, valid = split_rows(rows, 0 if apart else config.valid_fraction)
     valid = apart or valid
-    from_first(_write_selection, selection, config.data)
+    if rows.selection:
+        from_first(write_json, selection, rows.selection)
     from_first(tell_leaks, train, valid)
     return tokenizer, train, valid
 
@@ -113,15 +113,3 @@ def steps_of(epochs: float, batches: PackedLoader, accumulate: int) -> int:
 def template_variables(config: ChatRows) -> dict[str, Any]:
     """What the chat template may ask for."""
     return {"date_string": config.date_string, **config.variables}
-
-
-def _write_selection(path: Path, source: ChatSource) -> None:
-    """What `select` kept and dropped of the source, once, in `path`; nothing where it drops nothing.
-
-    It reads the conversations again: the ids of an earlier run may have been found without reading any.
-    """
-    if source.select != SelectConfig() and not path.exists():
-        report: dict[str, Any] = {}
-        for _ in read_conversations(source, report):
-            pass
-        write_json(path, report)
