@@ -46,15 +46,20 @@ def choose_device(name: str = "auto") -> "torch.device":
     return device
 
 
-def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
-    """The compute dtype. `auto` is bf16 only where bf16 is native: emulated bf16 is slower than fp32 by far."""
+def choose_dtype(name: str, device: "torch.device", tell: bool = True) -> "torch.dtype":
+    """The compute dtype. `auto` is bf16 only where bf16 is native: emulated bf16 is slower than fp32 by far.
+
+    Args:
+        tell: say what `auto` chose, and why.
+    """
     import torch
 
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
     if name != "auto":
         return named[name]
     native, why = _native_bf16(device)
-    log.info("compute dtype: %s (%s)", "bf16" if native else "fp32", why)
+    if tell:
+        log.info("compute dtype: %s (%s)", "bf16" if native else "fp32", why)
     return torch.bfloat16 if native else torch.float32
 
 

@@ -496,3 +496,17 @@ def test_steps_that_are_typed_win_over_a_file_s_epochs(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("recipe: sft\nepochs: 2\n", encoding="utf-8")
     assert recipes_load("sft", tmp_path / "mine.yaml", {"steps": 3}).epochs is None  # type: ignore[attr-defined]
     assert recipes_load("sft", tmp_path / "mine.yaml", {"steps": 3, "epochs": 1}).epochs == 1  # type: ignore[attr-defined]
+
+
+def test_data_that_is_typed_wins_over_a_file_s(tmp_path: Path) -> None:
+    """Migrated configs name a dataset of the hub: the first try on one's own rows was refused."""
+    (tmp_path / "mine.yaml").write_text("recipe: sft\ndata:\n  hub: org/set\n  file: '*.json'\n", encoding="utf-8")
+    data = recipes_load("sft", tmp_path / "mine.yaml", {"data.path": "rows.jsonl"}).data  # type: ignore[attr-defined]
+    assert (str(data.path), data.hub, data.file) == ("rows.jsonl", None, None)
+
+
+@pytest.mark.parametrize("word", ["evaluate_every=0", "save_every=-1", "keep=0", "skip_budget=-1"])
+def test_counts_that_cannot_be_are_refused(word: str) -> None:
+    key, _, value = word.partition("=")
+    with pytest.raises(UsageError, match=f"train.{key}"):
+        recipes_load("sft", None, {f"train.{key}": value})

@@ -120,7 +120,7 @@ def know(config: Any, ranks: int) -> Known:
     if config.recipe not in PLANNED:
         raise UsageError(f"`{config.recipe}` is not planned", cause="it trains nothing", fix=" or ".join(PLANNED))
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
+    dtype = choose_dtype(config.dtype, device, tell=False)
     if config.recipe == "pretrain":
         return Known(_pretrained_shape(config), (), 1.0, device, dtype, ranks, _without_shards(config))
     if config.model in PRESETS:

@@ -33,6 +33,9 @@ CONFIGS = {
     "debug": "ten steps of a tiny model on your shards: does the machinery turn?",
 }
 
+_EITHER = {"steps": ("epochs", "seconds"), "data.path": ("data.hub", "data.file"), "data.hub": ("data.path",)}
+"""What is typed, and the keys by which a file may have said the same otherwise."""
+
 
 def config_type(recipe: str) -> type[Config]:
     """The recipe's Config class (imports the recipe)."""
@@ -87,9 +90,16 @@ def load(recipe: str, config: str | Path | None = None, given: Mapping[str, Any]
 
 
 def _over(given: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, with a file's epochs or seconds taken back where steps are given: what is typed wins."""
-    taken_back = [limit for limit in ("epochs", "seconds") if "steps" in given and told.get(limit) is not None]
-    return {**dict.fromkeys(taken_back), **given}
+    """The values, with what the file says otherwise about the same taken back: what is typed wins."""
+    other = [key for typed in given for key in _EITHER.get(typed, ()) if _said(told, key) is not None]
+    return {**dict.fromkeys(other), **given}
+
+
+def _said(told: Any, key: str) -> Any:
+    """The value of a dotted key of a file, if it has one."""
+    for part in key.split("."):
+        told = told.get(part) if isinstance(told, Mapping) else None
+    return told
 
 
 def run(

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import nn
 
 from puna.checkpoint.train_state import (
@@ -59,17 +59,17 @@ class TrainConfig(Config):
     """Micro-batches a step; the gradient is that of one batch of all of them."""
     track: list[Literal["tensorboard", "trackio", "wandb"]] = []
     """Where else to show metrics.jsonl while it grows: each adds a process, none can stop the run (puna[track])."""
-    evaluate_every: int | None = None
+    evaluate_every: PositiveInt | None = None
     """Steps between validations; null: five times in the run."""
-    save_every: int | None = None
+    save_every: PositiveInt | None = None
     """Steps between checkpoints; null: five times in the run. At most this many steps are lost in a crash."""
-    keep: int = 2
+    keep: PositiveInt = 2
     """Checkpoints kept; more go back further, and take disk."""
     keep_best: bool = False
     """Also keep the checkpoint of the lowest valid_loss, and make `final/` from it instead of from the last step."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after this many validations in a row without a lower valid_loss; lower stops sooner, maybe too soon."""
-    skip_budget: int = 3
+    skip_budget: NonNegativeInt = 3
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     checkpoint_activations: Checkpointed = "none"
     """Blocks that are computed again in the backward instead of kept: selective (every second one) saves about half of
