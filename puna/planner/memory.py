@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from puna.ops.cross_entropy import CHUNK, CHUNK_FROZEN, ROWS
 from puna.planner.activations import block_weights, cast_by_block, kept_by_block, transient_of_block
 from puna.planner.work import Weight, Work
 from puna.train.adamw8bit import SMALL
@@ -10,12 +11,11 @@ from puna.train.adamw8bit import SMALL
 CLASSES = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "runtime")
 _FP32 = 4
 # Fitted to the eight calibrated configs of bench/plan.py, on a CPU and glibc; on other devices they are assumed.
-FLOOR = {"cpu": 105e6, "cuda": 500e6, "mps": 300e6}
-"""Bytes that a run takes whatever its model is: tokenizer, texts, code that is loaded late; on CUDA its context."""
-HOLES = {"cpu": 0.34, "cuda": 0.08, "mps": 0.34}
+FLOOR = {"cpu": 185e6, "cuda": 500e6, "mps": 300e6}
+"""Bytes that a run takes whatever its model is: code that is loaded or compiled late, tokenizer and texts, what small
+blocks left free; on CUDA its context."""
+HOLES = {"cpu": 0.05, "cuda": 0.08, "mps": 0.34}
 """Of activations, the share that the allocator holds on top: what comes and goes leaves holes between what stays."""
-HEADS = {"cpu": 5.0, "cuda": 0.0, "mps": 0.0}
-"""Heads in the compute dtype: a CPU's products lay them in order before they multiply, in blocks that fit no hole."""
 
 
 class Moment(NamedTuple):
@@ -35,7 +35,7 @@ def fullest(work: Work) -> Moment:
 
 
 def moments(work: Work) -> list[Moment]:
-    """What is in use at the loss, at both ends of the backward, at the step, and in a validation."""
+    """What is in use at the loss, in a validation, through the backward, and at the step."""
     stay = _staying(work)
     layers, tokens = work.known.shape.n_layers, work.tokens
     block = tokens * sum(kept_by_block(work).values()) + cast_by_block(work)
@@ -55,8 +55,10 @@ def moments(work: Work) -> list[Moment]:
         _moment("a validation", stay, logits=_logits_validated(work)),
         _moment("the backward's start", stay, activations=kept + ends + inside, logits=0.0,
                 gradients=added or head + one_layer),
-        _moment("the backward's end", stay, activations=block + ends + inside,
-                gradients=(head + in_layers if not stepped else head + one_layer) + _embedding_gradient(work)),
+        _moment("the backward's end", stay, activations=block + ends + transient_of_block(work),
+                gradients=head + in_layers if not stepped else head + one_layer),
+        _moment("the embedding's gradient", stay, activations=ends,
+                gradients=(head + in_layers if not stepped else head) + _embedding_gradient(work)),
         _moment("the optimizer's step", stay, gradients=head + in_layers if not stepped else 0.0,
                 activations=_update(work)),
     ]  # fmt: skip
@@ -97,18 +99,28 @@ def _trained_bytes(work: Work, where: str) -> float:
 
 
 def _logits(work: Work) -> float:
-    """At the loss (ops/cross_entropy.py): two fp32 chunks, the head in the compute dtype, its gradient so far, the
-    hidden states that are trained and their gradient.
+    """At the loss (ops/cross_entropy.py): a chunk's logits, which become their gradient; some of its rows in fp32
+    twice, or what the chunk adds to the head's gradient; that gradient in fp32 so far, the head in the compute dtype,
+    the hidden states that are trained and their gradient.
     """
-    shape = work.known.shape
+    shape, trained = work.known.shape, _head(work).trained
     rows = 2 * work.tokens * work.texts.trained * shape.dim * work.item
-    sums = _head_numbers(work) * _FP32 * _head(work).trained
-    return _chunk(work) * shape.vocab_size * 2 * _FP32 + sums + rows + _cast_head(work)
+    product = _head_numbers(work) * work.item * trained
+    sums = _head_numbers(work) * _FP32 * trained
+    chunk = _chunk(work) * shape.vocab_size * work.item
+    return chunk + max(_wide_logits(work), product) + sums + rows + _cast_head(work)
 
 
 def _logits_validated(work: Work) -> float:
-    """A chunk in the compute dtype, in fp32 and as probabilities; nothing of a gradient."""
-    return _chunk(work) * work.known.shape.vocab_size * (work.item + 2 * _FP32) + _cast_head(work)
+    """A chunk in the compute dtype, some rows of it in fp32 and as logarithms; nothing of a gradient."""
+    return _chunk(work) * work.known.shape.vocab_size * work.item + _wide_logits(work) + _cast_head(work)
+
+
+def _wide_logits(work: Work) -> float:
+    """Logits in fp32, twice: on a CPU of some rows of a chunk, unless a teacher's stand beside them."""
+    some = work.known.device.type == "cpu" and not work.asked.get("distill")
+    rows = min(ROWS, _chunk(work)) if some else _chunk(work)
+    return 2 * rows * work.known.shape.vocab_size * _FP32
 
 
 def _cast_head(work: Work) -> float:
@@ -122,7 +134,7 @@ def _head_numbers(work: Work) -> int:
 
 def _chunk(work: Work) -> float:
     """Rows of logits that are there at a time."""
-    return min(512 if _head(work).trained else 256, work.tokens * work.texts.trained)
+    return min(CHUNK if _head(work).trained else CHUNK_FROZEN, work.tokens * work.texts.trained)
 
 
 def _head(work: Work) -> Weight:
@@ -150,5 +162,4 @@ def _moment(when: str, stay: dict[str, float], **more: float) -> Moment:
 
 def _with_runtime(work: Work, classes: dict[str, float]) -> dict[str, float]:
     kind = work.known.device.type
-    heads = HEADS[kind] * _head_numbers(work) * work.item
-    return {**classes, "runtime": FLOOR[kind] + HOLES[kind] * classes["activations"] + heads}
+    return {**classes, "runtime": FLOOR[kind] + HOLES[kind] * classes["activations"]}

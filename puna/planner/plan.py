@@ -12,6 +12,7 @@ from puna.config import RecipeConfig
 from puna.device import memory, peak_memory
 from puna.errors import PunaError
 from puna.log import log
+from puna.ops.native.build import compiler
 from puna.planner.activations import kept_by_block
 from puna.planner.change import Change, cheapest
 from puna.planner.memory import fullest, moments
@@ -74,7 +75,7 @@ def plan(config: RecipeConfig, count: int | None = None) -> Plan:
         activations=kept_by_block(work), total=full.total, has=has, seconds_per_step=step, seconds=step * steps,
         spread=SPREAD, steps=steps, device=known.device.type, ranks=known.ranks,
         change=cheapest(config, known, rates, has) if short and has is not None else None,
-        notes=(*known.notes, *_not_counted(work.asked)),
+        notes=(*known.notes, *_holes(known), *_not_counted(work.asked)),
     )  # fmt: skip
 
 
@@ -109,9 +110,18 @@ def _free(known: Known) -> float | None:
     return None if free is None else free / known.ranks
 
 
+def _holes(known: Known) -> tuple[str, ...]:
+    """Where tensors cannot have the allocator that the planner's shares were measured with."""
+    found, why = compiler()
+    if found or known.device.type != "cpu":
+        return ()
+    return (f"holes between tensors, of a third of the activations and more, are not counted ({why})",)
+
+
 def _not_counted(asked: Mapping[str, Any]) -> tuple[str, ...]:
     told = {
         "compile": "compile: compiled blocks keep other tensors, and the compiler takes some 0.3 GB; not counted",
+        "distill": "distill: the logits of the teacher are not counted",
         "qat": "qat: what rounding keeps is not counted",
         "rehearse": "rehearse: the cache of generation is not counted",
     }

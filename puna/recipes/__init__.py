@@ -129,6 +129,7 @@ def run(
         main = partial(main, objective=objective)
     if "forecast" in signature(main).parameters:
         main = partial(main, forecast=_planner().forecast_of(settings))
+        import_module("puna.ops.native.allocator").fit_holes()  # a run that trains: what it takes has to be foreseen
     try:
         return main(settings)
     finally:  # also when a signal, or a kill the last time, came between the run's end and this page

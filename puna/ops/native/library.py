@@ -1,18 +1,11 @@
-"""Builds and loads the native kernels: C++ beside this file, made at first use with the machine's own GCC.
-
-The library is called by the hash of its sources, compiler and flags, so one of older sources is never loaded. It holds
-paths for AVX-512, AVX2 and any x86-64, and the CPU it runs on decides, so machines may share a home.
+"""Loads the native kernels. The library has paths for AVX-512, AVX2 and any x86-64, and the CPU it runs on decides.
 
 `PUNA_NATIVE=0` does without it; `PUNA_NATIVE=avx2` or `portable` takes a lower path than the CPU's best.
 """
 
 import ctypes
-import hashlib
 import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,14 +15,10 @@ import torch
 
 from puna.errors import ResourceError, UsageError
 from puna.log import log
-from puna.packages import cache as packages
+from puna.ops.native.build import built, compiler, told
 
 LEVELS = ("portable", "avx2", "avx512")
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math")
-_COMPILER = "g++"
-_SECONDS = 300
-_DIGEST = 32  # bytes
 
 
 class Weight(ctypes.Structure):
@@ -142,54 +131,17 @@ def load(wanted: str) -> Native | str:
         return "PUNA_NATIVE=0"
     if wanted not in ("auto", "1", *LEVELS):
         raise UsageError(f"PUNA_NATIVE={wanted} is no level", fix=f"one of 0, auto, {', '.join(LEVELS)}")
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return f"they are for Linux on x86-64, this is {platform.system()} on {platform.machine()}"
-    if (compiler := shutil.which(_COMPILER)) is None:
-        return f"no C++ compiler: {_COMPILER} is not installed"
+    found, why = compiler()
+    if found is None:
+        return why
     try:
-        library = _open(compiler)
+        library = _open(found)
     except (OSError, subprocess.SubprocessError) as error:
-        return f"{Path(compiler).name} made no library: {_told(error)}"
+        return f"{Path(found).name} made no library: {told(error)}"
     best = library.puna_level()
     level = LEVELS.index(wanted) if wanted in LEVELS else best
     return Native(library, level) if level <= best else f"this CPU has no {wanted}"
 
 
 def _open(compiler: str) -> ctypes.CDLL:
-    target = packages().with_name("native") / f"{_hash(compiler)}.so"
-    if not _whole(target):
-        _build(compiler, target)
-    return ctypes.CDLL(str(target))
-
-
-def _whole(path: Path) -> bool:
-    """Whether the file ends in the hash of what comes before: loading one that was cut short kills the process."""
-    made = path.read_bytes() if path.exists() else b""
-    return len(made) > _DIGEST and hashlib.sha256(made[:-_DIGEST]).digest() == made[-_DIGEST:]
-
-
-def _build(compiler: str, target: Path) -> None:
-    """Compile under a name of our own, then rename: processes that build at once each put a whole file in place."""
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    log.info("native kernels: building once with %s", Path(compiler).name)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        command = [compiler, *_FLAGS, str(Path(__file__).with_name("native.cpp")), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
-        library = made.read_bytes()
-        made.write_bytes(library + hashlib.sha256(library).digest())  # what lies behind its sections is never read
-        made.chmod(0o700)
-        made.replace(target)
-
-
-def _hash(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS).stdout
-    told = hashlib.sha256(repr((version, _FLAGS)).encode())
-    for source in sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".h", ".cpp")):
-        told.update(source.name.encode() + source.read_bytes())
-    return told.hexdigest()[:32]
-
-
-def _told(error: Exception) -> str:
-    lines = str(getattr(error, "stderr", "") or error).strip().splitlines()
-    return next((line for line in lines if "error" in line), lines[0] if lines else "")[:200]
+    return ctypes.CDLL(str(built("native.cpp", compiler)))
