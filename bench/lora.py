@@ -54,11 +54,13 @@ def puna_side(rows: int, length: int, accumulate: int = 1, compiled: bool = Fals
     from puna.data.loader import Batch
     from puna.data.packing import PackedLoader
     from puna.lora import LoraConfig, add_lora, lora_parameters
+    from puna.ops.native.allocator import fit_holes
     from puna.train.blocks import compile_blocks
     from puna.train.fit import train_step
     from puna.train.objectives import next_token
     from puna.train.optim import OptimizerConfig, build_optimizer
 
+    fit_holes()  # as its recipes do
     model = puna.load(MODEL, dtype="bf16").model
     add_lora(model, LoraConfig(rank=16, alpha=32, targets=TARGETS))
     start(lora_parameters(model))

@@ -46,11 +46,13 @@ def puna_side(folder: str, size: tuple[int, int, int], compiled: bool) -> Work:
     from puna.data.loader import Batch
     from puna.model.config import ModelConfig
     from puna.model.init import build_model, materialize
+    from puna.ops.native.allocator import fit_holes
     from puna.train.blocks import compile_blocks
     from puna.train.fit import train_step
     from puna.train.objectives import next_token
     from puna.train.optim import OptimizerConfig, build_optimizer
 
+    fit_holes()  # as its recipes do
     shape = ModelConfig(
         dim=DIM, n_layers=LAYERS, n_heads=HEADS, n_kv_heads=HEADS, head_dim=DIM // HEADS, ffn_dim=FFN,
         vocab_size=size[2], max_seq_len=2048, rope_theta=1e4, rope_scaling=None, norm_eps=1e-5,
