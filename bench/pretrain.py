@@ -183,7 +183,8 @@ def main() -> None:
         reference = partial(transformers_side, folder, size, dtype="float32")
         matrices = LAYERS * (4 * DIM * DIM + 3 * DIM * FFN) + DIM * given.vocab
         flops = 6 * matrices + 6 * LAYERS * DIM * given.length  # forward 2, backward 4; attention is causal
-        compare(sides, given.batch * given.length, given.rounds, reference=reference, flops=flops)
+        near = 0.04 if "litgpt" in sides else 0.01  # whose loss is bf16: at 10 its numbers lie 0.06 apart
+        compare(sides, given.batch * given.length, given.rounds, reference=reference, flops=flops, loss_within=near)
 
 
 if __name__ == "__main__":

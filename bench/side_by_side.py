@@ -5,6 +5,7 @@ Processes: peak memory is a property of a process, and nobody inherits another's
 The work is the same: equal losses of the first step, and gradients no further from an fp32 reference than the peer's.
 """
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -170,6 +171,13 @@ def _serve(side: Side, pipe: Any) -> None:
         pipe.send(f"{type(error).__name__}: {error}")
         return
     pipe.send("ready")
+    with contextlib.suppress(EOFError):  # the parent said why it ended
+        _answer(work, pipe)
+
+
+def _answer(work: Work, pipe: Any) -> None:
+    import torch
+
     while (asked := pipe.recv()) != "end":
         if asked == "peak":
             scale = 1e9 if sys.platform == "darwin" else 1e6
