@@ -1,7 +1,7 @@
 """LoRA of SmolLM2-135M (rank 16 on every linear layer): puna beside PEFT on transformers, both in bf16.
 
 python bench/lora.py [--batch 4] [--length 512] [--accumulate 1] [--rounds 5] [--compile]      full rows
-python bench/lora.py --rows ALPACA.json                        conversations of 512 ids at most, eight to a step
+python bench/lora.py --rows ALPACA.json [--count 64]           conversations of 512 ids at most, eight to a step
 The second shows what packing saves: puna packs the rows, PEFT pads them as they come, or sorted by length.
 """
 
@@ -38,7 +38,7 @@ def start(parameters: dict[str, Any]) -> None:
             parameters[name].copy_(0.02 * torch.randn(parameters[name].shape, generator=generator))
 
 
-def conversations(path: str, limit: int = 64) -> list[Any]:
+def conversations(path: str, limit: int) -> list[Any]:
     """Rows as the sft recipe encodes them."""
     from puna.checkpoint.registry import load_tokenizer
     from puna.data.conversations import ChatSource, read_conversations
@@ -49,7 +49,9 @@ def conversations(path: str, limit: int = 64) -> list[Any]:
     return encode_conversations(read_conversations(source), ChatFormat(load_tokenizer(MODEL)), 512, "all")
 
 
-def puna_side(rows: int, length: int, accumulate: int = 1, compiled: bool = False, data: str | None = None) -> Work:
+def puna_side(
+    rows: int, length: int, accumulate: int = 1, compiled: bool = False, data: tuple[str, int] | None = None
+) -> Work:
     import puna
     from puna.data.loader import Batch
     from puna.data.packing import PackedLoader
@@ -72,7 +74,7 @@ def puna_side(rows: int, length: int, accumulate: int = 1, compiled: bool = Fals
         return train_step(model, optimizer, micro, next_token, 1e-4, 1.0, lambda loss, norm: True)["loss"]
 
     if data:
-        loader = PackedLoader(conversations(data), length, rows, 0, seed=0)
+        loader = PackedLoader(conversations(*data), length, rows, 0, seed=0)
         every = [loader.batch(loader.packs[i : i + rows]) for i in range(0, len(loader.packs), rows)]
         return Work(lambda: epoch(partial(train, [packed]) for packed in every))
     tokens, labels = batch(rows * accumulate, length)
@@ -89,7 +91,12 @@ def puna_side(rows: int, length: int, accumulate: int = 1, compiled: bool = Fals
 
 
 def peft_side(
-    rows: int, length: int, folder: str, data: str | None = None, sort: bool = False, dtype: str = "bfloat16"
+    rows: int,
+    length: int,
+    folder: str,
+    data: tuple[str, int] | None = None,
+    sort: bool = False,
+    dtype: str = "bfloat16",
 ) -> Work:
     import peft
     import torch
@@ -115,7 +122,7 @@ def peft_side(
         return loss.item()
 
     if data:
-        encoded = conversations(data)
+        encoded = conversations(*data)
         if sort:
             encoded.sort(key=lambda row: len(row.ids))
         every = [_padded(encoded[i : i + rows]) for i in range(0, len(encoded), rows)]
@@ -169,7 +176,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rows", help="conversations to train once a turn, instead of full rows")
+    parser.add_argument("--count", type=int, default=64, help="how many of them")
     given = parser.parse_args()
+    if given.batch % given.accumulate:
+        parser.error(f"--batch {given.batch} cannot be computed in {given.accumulate} parts")
     import puna
 
     with tempfile.TemporaryDirectory() as folder:
@@ -177,10 +187,11 @@ def main() -> None:
         puna.load(MODEL, dtype="bf16").save(path)
         theirs = partial(peft_side, given.batch, given.length, str(path))
         if given.rows:
-            ours = partial(puna_side, 4, 512, data=given.rows)
-            theirs = partial(peft_side, 8, 512, str(path), data=given.rows)
+            data = (given.rows, given.count)
+            ours = partial(puna_side, 4, 512, compiled=given.compile, data=data)
+            theirs = partial(peft_side, 8, 512, str(path), data=data)
             sides = {"puna, packed": ours, "PEFT, by length": partial(theirs, sort=True), "PEFT, padded": theirs}
-            compare(sides, len(conversations(given.rows)), given.rounds, unit="rows")
+            compare(sides, len(conversations(*data)), given.rounds, unit="rows")
             return
         ours = partial(puna_side, given.batch // given.accumulate, given.length, given.accumulate, given.compile)
         sides = {"puna": ours, "PEFT + transformers": theirs}
