@@ -498,11 +498,25 @@ def test_steps_that_are_typed_win_over_a_file_s_epochs(tmp_path: Path) -> None:
     assert recipes_load("sft", tmp_path / "mine.yaml", {"steps": 3, "epochs": 1}).epochs == 1  # type: ignore[attr-defined]
 
 
-def test_data_that_is_typed_wins_over_a_file_s(tmp_path: Path) -> None:
+def test_epochs_that_are_typed_win_over_a_file_s_steps(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("recipe: sft\nsteps: 500\n", encoding="utf-8")
+    given: Any = recipes_load("sft", tmp_path / "mine.yaml", {"epochs": 2})
+    assert (given.epochs, given.steps) == (2, sft.Config.model_fields["steps"].default)
+
+
+@pytest.mark.parametrize("section", ["data", "valid"])
+def test_data_that_is_typed_wins_over_a_file_s(section: str, tmp_path: Path) -> None:
     """Migrated configs name a dataset of the hub: the first try on one's own rows was refused."""
-    (tmp_path / "mine.yaml").write_text("recipe: sft\ndata:\n  hub: org/set\n  file: '*.json'\n", encoding="utf-8")
-    data = recipes_load("sft", tmp_path / "mine.yaml", {"data.path": "rows.jsonl"}).data  # type: ignore[attr-defined]
-    assert (str(data.path), data.hub, data.file) == ("rows.jsonl", None, None)
+    told = f"recipe: sft\n{section}:\n  hub: org/set\n  file: '*.json'\n"
+    (tmp_path / "mine.yaml").write_text(told, encoding="utf-8")
+
+    def places(word: str, value: str | None) -> tuple[str | None, ...]:
+        source = getattr(recipes_load("sft", tmp_path / "mine.yaml", {f"{section}.{word}": value}), section)
+        return source.path and str(source.path), source.hub, source.file
+
+    assert places("path", "rows.jsonl") == ("rows.jsonl", None, None)
+    assert places("hub", "org/other") == (None, "org/other", None)
+    assert places("path", None) == (None, "org/set", "*.json")  # nothing was said in its place
 
 
 @pytest.mark.parametrize("word", ["evaluate_every=0", "save_every=-1", "keep=0", "skip_budget=-1"])

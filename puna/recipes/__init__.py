@@ -33,8 +33,9 @@ CONFIGS = {
     "debug": "ten steps of a tiny model on your shards: does the machinery turn?",
 }
 
-_EITHER = {"steps": ("epochs", "seconds"), "data.path": ("data.hub", "data.file"), "data.hub": ("data.path",)}
-"""What is typed, and the keys by which a file may have said the same otherwise."""
+_LIMITS = ("steps", "epochs", "seconds")
+_PLACES = ("path", "hub", "file")
+"""Keys that say the same otherwise: how long a run is, and where a section's conversations are."""
 
 
 def config_type(recipe: str) -> type[Config]:
@@ -86,13 +87,26 @@ def load(recipe: str, config: str | Path | None = None, given: Mapping[str, Any]
             where=file,
             fix=f"puna run {named} --config {config}",
         )
-    return load_config(config_type(recipe), file, _over(given or {}, told))
+    kind = config_type(recipe)
+    return load_config(kind, file, _over(kind.model_fields, given or {}, told))
 
 
-def _over(given: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, with what the file says otherwise about the same taken back: what is typed wins."""
-    other = [key for typed in given for key in _EITHER.get(typed, ()) if _said(told, key) is not None]
-    return {**dict.fromkeys(other), **given}
+def _over(fields: Mapping[str, Any], given: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with what the file says otherwise about the same taken back: what is typed wins.
+
+    Args:
+        fields: of the recipe's config, by name.
+        told: the file's tree.
+    """
+    back: dict[str, Any] = {}
+    for key in (key for key, value in given.items() if value is not None):
+        section, dot, name = key.rpartition(".")
+        if key in _LIMITS:
+            back |= {other: fields[other].default for other in _LIMITS if other in fields and other in told}
+        elif section and name in _PLACES[:2]:
+            others = (section + dot + other for other in _PLACES if other != name)
+            back |= {other: None for other in others if _said(told, other) is not None}
+    return {**back, **given}
 
 
 def _said(told: Any, key: str) -> Any:
@@ -115,6 +129,9 @@ def run(
         config: the name of a shipped config, a YAML file, or a config that `load` made.
         objective: what is minimised in place of the recipe's own, of those that take one (docs/objectives.md).
         overrides: values over the config's; dotted keys by `**{...}`.
+
+    Where it trains, CPU tensors of this process have an allocator of ours from then on, which torch's profiler does
+    not see (`PUNA_NATIVE=0`: torch's own).
     """
     if not log.handlers:
         setup_logging()
@@ -128,8 +145,8 @@ def run(
             raise UsageError(f"`{recipe}` takes no objective", fix="sft does")
         main = partial(main, objective=objective)
     if "forecast" in signature(main).parameters:
+        import_module("puna.ops.native.allocator").fit_holes()  # or a forecast would be of another memory
         main = partial(main, forecast=_planner().forecast_of(settings))
-        import_module("puna.ops.native.allocator").fit_holes()  # a run that trains: what it takes has to be foreseen
     try:
         return main(settings)
     finally:  # also when a signal, or a kill the last time, came between the run's end and this page
