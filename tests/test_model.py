@@ -133,6 +133,27 @@ def test_chunked_cross_entropy_equals_the_oracle(chunk: int) -> None:
         assert torch.allclose(linear_cross_entropy(hidden, weight, labels, chunk=chunk), results[0][0])
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_chunked_cross_entropy_in_bf16(trained: bool) -> None:
+    """More words than are added at a time, more rows than are in fp32 at a time, and two dtypes: what training runs."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(600, 16, generator=generator).bfloat16()
+    weight = torch.randn(9000, 16, generator=generator).bfloat16().float()
+    labels = torch.randint(0, 9000, (600,), generator=generator)
+    results = []
+    for function, dtype in ((linear_cross_entropy_eager, torch.float64), (linear_cross_entropy, torch.bfloat16)):
+        h = hidden.detach().to(dtype).requires_grad_()
+        w = weight.to(torch.promote_types(dtype, torch.float32)).requires_grad_(trained)
+        loss = function(h, w, labels)
+        loss.backward()
+        results.append([loss.detach(), h.grad, *[w.grad] * trained])
+    (expected, *oracle), (loss, *ours) = results
+    assert abs(loss / expected - 1) < 1e-4
+    for gradient, right in zip(ours, oracle, strict=True):
+        for part, of in zip(gradient.split(500), right.split(500), strict=True):
+            assert (part - of).norm() < 0.02 * of.norm()
+
+
 def test_norm_is_taken_in_fp32_and_scaled_after_the_cast() -> None:
     """RMSNorm in bf16 throughout costs perplexity that no test of shapes sees."""
     norm = RMSNorm(64, 1e-5)

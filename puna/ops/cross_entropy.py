@@ -11,7 +11,7 @@ ROWS = 32
 """Of a chunk, whose logits are in fp32 at a time on a CPU: they stay in the cache, and a chunk is never there whole."""
 CHUNK, CHUNK_FROZEN = 512, 256
 """Rows of logits at a time; under a trained weight more, since each chunk passes over its gradient."""
-_WORDS = 8192
+_WORDS = 8192  # rows of a head that are added at a time: some MB, which a cache holds
 
 
 def linear_cross_entropy_eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -45,9 +45,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
     return _Chunked.apply(hidden, weight, labels, chunk)  # type: ignore[no-any-return]
 
 
-def wide_rows(hidden: Tensor) -> int:
+def _wide_rows(logits: Tensor) -> int:
     """Rows of a chunk whose logits are in fp32 at a time: on a card all of them, where each call has its price."""
-    return ROWS if hidden.device.type == "cpu" else max(1, len(hidden))
+    return ROWS if logits.device.type == "cpu" else max(1, len(logits))
 
 
 def _summed(hidden: Tensor, compute: Tensor, labels: Tensor, chunk: int) -> Tensor:
@@ -55,14 +55,16 @@ def _summed(hidden: Tensor, compute: Tensor, labels: Tensor, chunk: int) -> Tens
     wide = torch.promote_types(hidden.dtype, torch.float32)
     total = hidden.new_zeros((), dtype=wide)
     for h, index in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        for part, label in zip((h @ compute.T).split(wide_rows(h)), index.split(wide_rows(h)), strict=True):
+        logits = h @ compute.T
+        rows = _wide_rows(logits)
+        for part, label in zip(logits.split(rows), index.split(rows), strict=True):
             total += F.cross_entropy(part.to(wide), label, reduction="sum")
     return total
 
 
 def _to_gradient(logits: Tensor, labels: Tensor, wide: torch.dtype) -> Tensor:
     """The loss of logits (n, V) by labels (n, 1); the logits become its gradient by them in place."""
-    total, rows = logits.new_zeros((), dtype=wide), wide_rows(logits)
+    total, rows = logits.new_zeros((), dtype=wide), _wide_rows(logits)
     for part, index in zip(logits.split(rows), labels.split(rows), strict=True):
         log_probs = part.to(wide).log_softmax(dim=-1)
         total -= log_probs.gather(1, index).sum()
@@ -70,7 +72,7 @@ def _to_gradient(logits: Tensor, labels: Tensor, wide: torch.dtype) -> Tensor:
     return total
 
 
-def _add(total: Tensor, part: Tensor) -> None:
+def add_rows(total: Tensor, part: Tensor) -> None:
     """total += part, some rows at a time: of another dtype, torch would convert the whole of it beside the two."""
     for into, rows in zip(total.split(_WORDS), part.split(_WORDS), strict=True):
         into += rows
@@ -92,7 +94,7 @@ class _Chunked(torch.autograd.Function):
             total += _to_gradient(grad, labels[rows, None], wide)
             grad_hidden[rows] = grad @ compute
             if grad_weight is not None:
-                _add(grad_weight, grad.T @ h)
+                add_rows(grad_weight, grad.T @ h)
             del grad  # or it would be there beside that of the next chunk
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from puna.ops.cross_entropy import IGNORE
+from puna.ops.cross_entropy import CHUNK_FROZEN, IGNORE, add_rows
 
 Divergence = Literal["forward", "reverse", "symmetric"]
 Head = Callable[[Tensor], Tensor]
@@ -63,7 +63,13 @@ def linear_distillation_eager(
 
 
 def linear_distillation(
-    hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_head: Head, labels: Tensor, mix: Mix, chunk: int = 256
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: Tensor,
+    teacher_head: Head,
+    labels: Tensor,
+    mix: Mix,
+    chunk: int = CHUNK_FROZEN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear_distillation_eager` with memory for `chunk` rows of both logits instead of N, as a cross-entropy."""
     trained = labels != IGNORE
@@ -118,7 +124,8 @@ class _Chunked(torch.autograd.Function):
             grad = grad.to(h.dtype)
             grad_hidden[rows] = grad @ compute
             if grad_weight is not None:
-                grad_weight += grad.T @ h
+                add_rows(grad_weight, grad.T @ h)
+            del logits, log_p, log_probs, slope, grad  # or they would be there beside those of the next chunk
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(cross_entropy, divergence)

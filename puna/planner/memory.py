@@ -134,7 +134,8 @@ def _head_numbers(work: Work) -> int:
 
 def _chunk(work: Work) -> float:
     """Rows of logits that are there at a time."""
-    return min(CHUNK if _head(work).trained else CHUNK_FROZEN, work.tokens * work.texts.trained)
+    large = _head(work).trained and not work.asked.get("distill")
+    return min(CHUNK if large else CHUNK_FROZEN, work.tokens * work.texts.trained)
 
 
 def _head(work: Work) -> Weight:
