@@ -70,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         for kind, grid in GRIDS.items():
-            for config in grid if kind in (given.only or ("calibrated", "tested")) else []:
+            for config in grid if kind in ([given.only] if given.only else ["calibrated", "tested"]) else []:
                 rows.append({"grid": kind, "config": config, **one(Path(folder), config)})
                 print_row(rows[-1])
     if given.json:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,9 +52,10 @@ except RuntimeError as error:
 
 
 def said(program: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    """What the program prints, where nobody's own settings of memory are."""
+    own = ("PUNA_NATIVE", "THP_MEM_ALLOC_ENABLE", "MALLOC_", "GLIBC_TUNABLES")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    done = subprocess.run([sys.executable, "-c", program], env={**clean, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -76,3 +78,15 @@ def test_torch_s_own_stays_where_it_has_to(environment: dict[str, str]) -> None:
     """A machine without a compiler has to train, too."""
     program = "from puna.ops.native.allocator import fit_holes; import torch; print(fit_holes(), len(torch.ones(9)))"
     assert said(program, **environment) == "False 9"
+
+
+@needs_compiler
+@pytest.mark.parametrize("script", ["echo 'no.h: error: it is not here' >&2; exit 1", "kill -9 $$", ": > /dev/null"])
+def test_a_build_that_fails_leaves_torch_s_own(script: str, tmp_path: Path) -> None:
+    """torch without its headers, a machine without memory, a compiler that is none: a speed-up must not end a run."""
+    fake = tmp_path / "g++"
+    fake.write_text(f"#!/bin/sh\n{script}\n")
+    fake.chmod(0o700)
+    program = "from puna.ops.native.allocator import fit_holes; import torch; print(fit_holes(), len(torch.ones(9)))"
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert said(program, PATH=path, XDG_CACHE_HOME=str(tmp_path / "cache")) == "False 9"

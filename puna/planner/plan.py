@@ -12,7 +12,7 @@ from puna.config import RecipeConfig
 from puna.device import memory, peak_memory
 from puna.errors import PunaError
 from puna.log import log
-from puna.ops.native.build import compiler
+from puna.ops.native.allocator import unusable
 from puna.planner.activations import kept_by_block
 from puna.planner.change import Change, cheapest
 from puna.planner.memory import fullest, moments
@@ -112,8 +112,8 @@ def _free(known: Known) -> float | None:
 
 def _holes(known: Known) -> tuple[str, ...]:
     """Where tensors cannot have the allocator that the planner's shares were measured with."""
-    found, why = compiler()
-    if found or known.device.type != "cpu":
+    why = unusable()
+    if not why or known.device.type != "cpu":
         return ()
     return (f"holes between tensors, of a third of the activations and more, are not counted ({why})",)
 

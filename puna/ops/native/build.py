@@ -22,7 +22,7 @@ _DIGEST = 32  # bytes
 def compiler() -> tuple[str | None, str]:
     """(GCC's path, ""), or (None, why there is nothing to build with)."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return None, f"they are for Linux on x86-64, this is {platform.system()} on {platform.machine()}"
+        return None, f"native code is for Linux on x86-64, this is {platform.system()} on {platform.machine()}"
     found = shutil.which(_COMPILER)
     return found, "" if found else f"no C++ compiler: {_COMPILER} is not installed"
 
@@ -36,7 +36,11 @@ def built(source: str, compiler: str, flags: tuple[str, ...] = ()) -> Path:
     Raises:
         OSError, subprocess.SubprocessError: none was made; `told` says why.
     """
-    target = packages().with_name(Path(source).stem) / f"{_hash(source, compiler, flags)}.so"
+    try:
+        folder = packages().with_name(Path(source).stem)
+    except RuntimeError as error:  # a user without a home
+        raise OSError(f"no place to build in: {error}; XDG_CACHE_HOME names one") from None
+    target = folder / f"{_hash(source, compiler, flags)}.so"
     if not _whole(target):
         _build(source, compiler, flags, target)
     return target
@@ -44,6 +48,8 @@ def built(source: str, compiler: str, flags: tuple[str, ...] = ()) -> Path:
 
 def told(error: Exception) -> str:
     """The first line of what the compiler complained of."""
+    if isinstance(error, subprocess.CalledProcessError) and not error.stderr:
+        return f"it ended with {error.returncode}"
     lines = str(getattr(error, "stderr", "") or error).strip().splitlines()
     return next((line for line in lines if "error" in line), lines[0] if lines else "")[:200]
 
@@ -70,7 +76,7 @@ def _build(source: str, compiler: str, flags: tuple[str, ...], target: Path) -> 
 
 def _hash(source: str, compiler: str, flags: tuple[str, ...]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS).stdout
-    told = hashlib.sha256(repr((version, _FLAGS, flags)).encode())
+    made_of = hashlib.sha256(repr((version, _FLAGS, flags)).encode())
     for path in sorted(p for p in Path(__file__).parent.iterdir() if p.suffix == ".h" or p.name == source):
-        told.update(path.name.encode() + path.read_bytes())
-    return told.hexdigest()[:32]
+        made_of.update(path.name.encode() + path.read_bytes())
+    return made_of.hexdigest()[:32]
