@@ -8,8 +8,8 @@ from puna.ops.native import linear as by_native
 from puna.ops.native.library import native
 
 FEW_ROWS = 32
-"""Up to here reading the weights takes the time; beyond, arithmetic does, and torch's matmul is made for that. A tall
-head of 24 rows takes four fifths of torch's time, a square matrix of 32 as long."""
+"""Up to here reading the weights takes the time; beyond, arithmetic does, and torch's matmul is made for that. With
+24 rows a head of 49,152 ids takes four fifths of torch's time, with 32 a block's layers take as long as torch's."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def _over(fields: Mapping[str, Any], given: Mapping[str, Any], told: Mapping[str
         section, dot, name = key.rpartition(".")
         if key in _LIMITS:
             back |= {other: fields[other].default for other in _LIMITS if other in fields and other in told}
-        elif section and name in _PLACES[:2]:
+        elif section and name in ("path", "hub"):  # `file` is a part of hub, and alone says no place
             others = (section + dot + other for other in _PLACES if other != name)
             back |= {other: None for other in others if _said(told, other) is not None}
     return {**back, **given}
